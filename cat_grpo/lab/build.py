@@ -1,0 +1,152 @@
+"""Builds the lab: tokenizer, base model, problem files. Seeded, and resumable to the same weights.
+
+Every step's data are a function of (seed, step, job), so a build that was stopped goes on from its last
+checkpoint as if it had not been.
+"""
+
+import logging
+import math
+import os
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, LlamaConfig, LlamaForCausalLM
+
+from cat_grpo.lab import corpus, problems
+from cat_grpo.lab.tokenizer import train_tokenizer
+
+log = logging.getLogger(__name__)
+
+STEPS = 1500
+PEAK_LR = 2e-3
+WARM_UP = 50
+SAVE_EVERY = 100
+VOCAB_SIZE = 1600
+"""An upper bound: training ends earlier, once every piece of the corpus is one token."""
+TRAIN_PROBLEMS = 1024
+HELD_OUT_PROBLEMS = 200
+
+
+def build_lab(out: Path, seed: int = 0, steps: int = STEPS) -> Path:
+    """Everything that `data/lab` holds, written to `out`. Returns the folder of the model."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_problem_files(out)
+    tokenizer = train_tokenizer(_tokenizer_texts(seed), VOCAB_SIZE)
+    model = train_base(tokenizer, seed, steps, out / "building.pt")
+    model.save_pretrained(out / "model")
+    tokenizer.save_pretrained(out / "model")
+    (out / "building.pt").unlink()
+    return out / "model"
+
+
+def write_problem_files(out: Path) -> None:
+    """Unlabelled training problems and labelled held-out ones, one folder a family."""
+    for kind in ("verifiable", "open"):
+        train = problems.labelled_rows(kind, TRAIN_PROBLEMS, seed=0, held_out=False)
+        problems.write_problems(problems.unlabelled(train), out / kind / "train.jsonl")
+        held_out = problems.labelled_rows(kind, HELD_OUT_PROBLEMS, seed=0)
+        problems.write_problems(held_out, out / kind / "heldout.jsonl")
+
+
+def base_model(vocab_size: int, eos_token_id: int, pad_token_id: int) -> LlamaForCausalLM:
+    """The architecture, with fresh weights."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def train_base(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, checkpoint: Path) -> LlamaForCausalLM:
+    """Next-token training on the corpus, the loss on completions alone."""
+    torch.manual_seed(seed)
+    model = base_model(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
+    first = 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first = saved["step"]
+    for step in range(first, steps):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps)
+        losses = {}
+        for job, (input_ids, targets) in job_batches(tokenizer, seed, step):
+            loss = completion_loss(model, input_ids, targets)
+            loss.backward()
+            losses[job] = loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % SAVE_EVERY == 0:
+            log.info("step %d of %d: %s", step + 1, steps, {job: round(loss, 3) for job, loss in losses.items()})
+            _save_whole(checkpoint, model, optimizer, step + 1)
+    return model
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine down to a twentieth of the peak."""
+    progress = max(0, step - WARM_UP) / max(1, steps - WARM_UP)
+    cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
+    return PEAK_LR * min((step + 1) / WARM_UP, cosine)
+
+
+def completion_loss(model: LlamaForCausalLM, input_ids: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of the targets that are not -100: (B, T), (B, T) -> ().
+
+    Rows are padded on the right, so under causal attention no mask is needed. The head sees only the
+    positions that predict a target.
+    """
+    hidden = model.model(input_ids=input_ids).last_hidden_state  # (B, T, H)
+    predicts = targets != -100
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[predicts]), targets[predicts])
+
+
+def job_batches(
+    tokenizer: PreTrainedTokenizerFast, seed: int, step: int
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """The rows of one step, a batch per job: input ids and next-token targets, both (B, T)."""
+    for job, num_rows in corpus.JOBS.items():
+        rng = random.Random(f"{seed} {step} {job.__name__}")
+        yield job.__name__, padded([job(rng) for _ in range(num_rows)], tokenizer)
+
+
+def padded(pairs: Sequence[corpus.Pair], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+    """(prompt, completion) pairs as right-padded ids and targets; -100 where nothing is to be learned."""
+    turns = [[{"role": "user", "content": prompt}] for prompt, _ in pairs]
+    prompts = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    completions = tokenizer([completion + tokenizer.eos_token for _, completion in pairs]).input_ids
+    length = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True)) - 1
+    input_ids = torch.full((len(pairs), length), tokenizer.pad_token_id)
+    targets = torch.full((len(pairs), length), -100)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        ids = torch.tensor(prompt + completion)
+        input_ids[row, : len(ids) - 1] = ids[:-1]
+        targets[row, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
+    return input_ids, targets
+
+
+def _tokenizer_texts(seed: int) -> Iterator[str]:
+    rng = random.Random(f"{seed} tokenizer")
+    for _ in range(1500):
+        for job in corpus.JOBS:
+            yield from job(rng)
+
+
+def _save_whole(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, step: int) -> None:
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)

@@ -1,0 +1,141 @@
+"""What the lab's base model learns from: (prompt, completion) pairs for its four jobs, made on the fly.
+
+Solving is shown with slips, so that the base model knows the task and is noisy at it. Synthesis, rubrics
+and judging are shown without any: they must be reliable, unbiased readers. Synthesis data is made of random
+values and random points, never of a solvable question, so the anchor learns to read rollouts and not to
+solve again: an anchor that solves again teaches its own systematic mistakes.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from cat_grpo.lab import problems as lab
+from cat_grpo.prompts import render
+
+PROMPT_SET = "lab"
+SLIP_RATE = 0.28
+"""How often a solving demonstration gets one sum wrong."""
+SLIPS = (-10, -2, -1, 1, 2, 10)
+KEEP_RATE = 0.72
+"""How often a solving demonstration makes a needed point."""
+STRAY_RATES = (0.45, 0.35, 0.15, 0.05)
+"""How often it makes 0, 1, 2 or 3 points that nobody needs."""
+OPENERS = ("First", "Also", "Then", "Next", "Please", "At home", "Each day", "If possible", "For comfort", "Remember")
+
+Pair = tuple[str, str]
+
+
+def boxed(values: Sequence[int]) -> str:
+    """A rollout of the verifiable family."""
+    return rf"The sums are \boxed{{{lab.sums_answer(values)}}}."
+
+
+def note(points: Sequence[str], rng: random.Random) -> str:
+    """A rollout of the open family: one plain sentence a point."""
+    return " ".join(f"{rng.choice(OPENERS)}, {point}." for point in points)
+
+
+def rubric_xml(points: Sequence[str]) -> str:
+    """The rubric that a reference with these points deserves."""
+    criteria = "".join(f"<criterion>The note says: {point}.</criterion>" for point in points)
+    return f"<rubric>{criteria}</rubric>"
+
+
+def slip(value: int, rate: float, rng: random.Random) -> int:
+    """The value, or with probability `rate` a plausible wrong one."""
+    return value + rng.choice(SLIPS) if rng.random() < rate else value
+
+
+def solve_verifiable(rng: random.Random) -> Pair:
+    pairs = lab.draw_pairs(rng, held_out=False)
+    values = [slip(a + b, SLIP_RATE, rng) for a, b in pairs]
+    return render(PROMPT_SET, "solve_verifiable", question=lab.sums_question(pairs)), boxed(values)
+
+
+def solve_open(rng: random.Random) -> Pair:
+    complaints = lab.draw_complaints(rng, held_out=False)
+    points = []
+    for complaint in complaints:
+        points += [point for point in rng.sample(lab.CARE[complaint], 2) if rng.random() < KEEP_RATE]
+    strays = rng.choices(range(len(STRAY_RATES)), STRAY_RATES)[0]
+    for point in rng.sample(sorted(set(lab.POINTS) - set(lab.needed_points(complaints))), strays):
+        points.insert(rng.randint(0, len(points)), point)
+    points = points or [lab.CARE[complaints[0]][0]]
+    return render(PROMPT_SET, "solve_open", question=lab.care_question(complaints)), note(points, rng)
+
+
+def synthesize_verifiable(rng: random.Random) -> Pair:
+    """Rollouts that disagree sum by sum; the answer has the most frequent value of each sum."""
+    rate = rng.uniform(0.0, 0.6)
+    truth = [rng.randint(2 * min(lab.OPERANDS), 2 * max(lab.OPERANDS)) for _ in range(lab.NUM_SUMS)]
+    rollouts = [[slip(value, rate, rng) for value in truth] for _ in range(_group_size(rng))]
+    texts = [boxed(values) for values in rollouts]
+    if len(texts) > 3 and rng.random() < 0.1:  # a broken rollout is no vote
+        texts[rng.randrange(len(texts))] = boxed(truth)[: rng.randint(4, 24)]
+        rollouts = [values for values, text in zip(rollouts, texts, strict=True) if text.endswith("}.")]
+    answer = [_mode(column, rng) for column in zip(*rollouts, strict=True)]
+    return render(PROMPT_SET, "synthesize_verifiable", question="", rollouts=texts), boxed(answer)
+
+
+def synthesize_open(rng: random.Random) -> Pair:
+    """Notes that overlap; the answer has the points that at least half of them make."""
+    core = rng.sample(lab.POINTS, rng.randint(2, 9))
+    others = sorted(set(lab.POINTS) - set(core))
+    keep, stray = rng.uniform(0.5, 1.0), rng.choice((0.5, 1.0, 2.0, 4.0)) / len(others)
+    notes = []
+    for _ in range(_group_size(rng)):
+        points = [point for point in core if rng.random() < keep]
+        points += [point for point in others if rng.random() < stray]
+        rng.shuffle(points)
+        notes.append(points or core[:1])
+    counts = Counter(point for points in notes for point in set(points))
+    agreed = [point for point in lab.POINTS if 2 * counts[point] >= len(notes)]
+    agreed = agreed or [max(counts, key=lambda point: (counts[point], point))]
+    texts = [note(points, rng) for points in notes]
+    return render(PROMPT_SET, "synthesize_open", question="", rollouts=texts), note(agreed, rng)
+
+
+def propose_rubric(rng: random.Random) -> Pair:
+    points = rng.sample(lab.POINTS, rng.randint(2, 10))
+    return render(PROMPT_SET, "propose_rubric", reference=note(points, rng)), rubric_xml(points)
+
+
+def judge(rng: random.Random, template: str = "judge_label", answers: tuple[str, str] = ("yes", "no")) -> Pair:
+    """One criterion on one note, satisfied in half of the cases."""
+    complaints = rng.sample(list(lab.CARE), 4)
+    pool = lab.needed_points(complaints) + rng.sample(lab.POINTS, 4)
+    points = list(dict.fromkeys(rng.sample(pool, rng.randint(1, 11))))
+    satisfied = rng.random() < 0.5
+    # A near miss comes from the same complaints: the judge must read the point, not the topic.
+    missing = [point for point in (pool if rng.random() < 0.5 else lab.POINTS) if point not in points]
+    satisfied = satisfied or not missing
+    point = rng.choice(points if satisfied else missing)
+    prompt = render(PROMPT_SET, template, rollout=note(points, rng), criterion=f"The note says: {point}.")
+    return prompt, answers[0] if satisfied else answers[1]
+
+
+def judge_xml(rng: random.Random) -> Pair:
+    return judge(rng, "judge_xml", ("<verdict>yes</verdict>", "<verdict>no</verdict>"))
+
+
+JOBS: dict[Callable[[random.Random], Pair], int] = {
+    solve_verifiable: 64,
+    solve_open: 32,
+    synthesize_verifiable: 16,
+    synthesize_open: 12,
+    propose_rubric: 8,
+    judge: 48,
+    judge_xml: 8,
+}
+"""Rows of each job in one training step."""
+
+
+def _group_size(rng: random.Random) -> int:
+    return rng.choice((1, 2, 3, 4, 5, 6, 8, 8, 8, 12, 16))
+
+
+def _mode(values: Sequence[int], rng: random.Random) -> int:
+    counts = Counter(values)
+    most = max(counts.values())
+    return rng.choice([value for value, count in counts.items() if count == most])
