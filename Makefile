@@ -1,0 +1,71 @@
+# Everything that a checkout needs lives in .venv. A target does its own set-up, and a stamp file there,
+# newer than pyproject.toml, says that it is done: a second run installs nothing.
+
+PYTHON ?= python3
+SEED ?= 0
+BIN := .venv/bin
+
+# The release that vLLM 0.32 pins, and so the one that is tested. Installed ahead of the rest, because a bare
+# range would take the newest. On Linux the index's own build is the one for CUDA; a pip configuration that
+# knows a folder or an index of CPU builds is honoured.
+TORCH := torch==2.13.0
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+
+# One thread: the models of the lab are so small that a second one costs more than it brings.
+export OMP_NUM_THREADS := 1
+export DO_NOT_TRACK := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format lab chromium clean
+
+help: ## What can be made
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 14
+
+demo: .venv/.installed ## Train both families of the lab without labels, and show before and after (SEED=0)
+	$(BIN)/cat-grpo demo --seed $(SEED)
+
+test: .venv/.installed-dev chromium lint ## Lint, format check, types, then every test
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed-dev ## Only the static checks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: .venv/.installed-dev ## Let ruff put imports and layout right
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lab: .venv/.installed ## Build the lab's base model again (up to an hour on two cores; goes on where it stopped)
+	$(BIN)/cat-grpo lab build --out data/lab
+
+chromium: # For the browser test, which skips itself and says why where there is no Chromium.
+	@if ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then \
+	  if [ "$$(id -u)" = 0 ]; then as_root=; else as_root="sudo -n"; fi; \
+	  if $$as_root true 2>/dev/null; then \
+	    echo "Installing Debian's chromium for the browser test"; \
+	    { $$as_root apt-get update -qq && $$as_root env DEBIAN_FRONTEND=noninteractive \
+	      apt-get install -qq -y --no-install-recommends chromium; } >/dev/null \
+	      || echo "No chromium to be had: the browser test will be skipped"; \
+	  fi; \
+	fi
+
+clean: ## Remove the environment and all caches; runs stay
+	rm -rf .venv .pytest_cache .ruff_cache dist build
+	find cat_grpo flows tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "cat_grpo needs Python 3.11 or newer, and $(PYTHON) is not: try make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.installed: .venv/.python pyproject.toml
+	$(PIP) '$(TORCH)'
+	$(PIP) -e .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(PIP) -e '.[dev]'
+	@touch $@
