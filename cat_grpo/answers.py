@@ -1,0 +1,220 @@
+r"""Final answers: read from `\boxed{...}`, compared, counted.
+
+The texts are a model's and are not trusted: sympy can be made to compute for ever. So math-verify runs in
+worker processes, each under a clock that the kernel keeps. Its own clock is `signal.alarm`, which raises
+outside the main thread, and there every comparison would come out as not equal.
+"""
+
+import atexit
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from queue import LifoQueue
+from typing import Literal
+
+log = logging.getLogger(__name__)
+
+TIME_LIMIT_S = 5
+"""Wall-clock seconds for one comparison. One that is worth having takes a hundredth of that."""
+NUM_WORKERS = min(8, os.cpu_count() or 1)
+"""Most workers at once; each starts when it is first needed and takes about 60 MB."""
+
+_TOKEN = re.compile(r"(?P<box>\\+boxed\s*\{)|(?P<open>\{)|(?P<close>\})|\\.", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """The most frequent answer of a group."""
+
+    answer: str | None
+    """None when no rollout had an answer."""
+    num_votes: int
+    tied: bool
+    """Another answer has as many votes; `answer` is the one that came first."""
+
+
+def extract_answer(text: str) -> str | None:
+    r"""The content of the last balanced `\boxed{...}`; None when there is none or it is empty.
+
+    A box that is never closed, as in a text that was cut off, is passed over: the one before it counts.
+    """
+    opened: list[int | None] = []  # of each open brace: where the content begins if it is a box's
+    last, answer = -1, ""
+    for token in _TOKEN.finditer(text):
+        if token["box"]:
+            opened.append(token.end())
+        elif token["open"]:
+            opened.append(None)
+        elif token["close"] and opened:
+            start = opened.pop()
+            if start is not None and start > last:
+                last, answer = start, text[start : token.start()].strip()
+    return answer or None
+
+
+def equal_text(a: str, b: str) -> bool:
+    """Equal up to white space, which counts only between two words or numbers: `1 23` is not `12 3`."""
+    return _normal_spaces(a) == _normal_spaces(b)
+
+
+def equivalent(a: str, b: str) -> bool:
+    """Equal as text, or shown to be mathematically equal by math-verify. Symmetric; blocks its thread.
+
+    A pair that takes longer than TIME_LIMIT_S is not shown to be equal: False, logged and counted. A fault of
+    ours (a worker that does not start or ends by itself) is a RuntimeError and never False.
+    """
+    return equal_text(a, b) or _shown_equal(*sorted((a, b)))
+
+
+def num_timeouts() -> int:
+    """Pairs that this process gave up on."""
+    return _num_timeouts
+
+
+def same_answer(mode: Literal["math", "string"]) -> Callable[[str, str], bool]:
+    """The comparison that `reward.equivalence` names."""
+    return {"math": equivalent, "string": equal_text}[mode]
+
+
+def clusters(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> list[list[int]]:
+    """Indices of equal answers, the largest class first and ties by first appearance. None is in no class.
+
+    An answer joins the first class whose first member it equals: `same` need not be transitive.
+    """
+    classes: list[tuple[str, list[int]]] = []
+    for i, answer in enumerate(answers):
+        if answer is None:
+            continue
+        members = next((members for first, members in classes if same(first, answer)), None)
+        if members is None:
+            classes.append((answer, [i]))
+        else:
+            members.append(i)
+    return sorted((members for _, members in classes), key=len, reverse=True)
+
+
+def majority(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> Vote:
+    """The vote over equivalence classes. What was not parsed does not vote."""
+    classes = clusters(answers, same)
+    if not classes:
+        return Vote(None, 0, False)
+    num_votes = len(classes[0])
+    tied = len(classes) > 1 and len(classes[1]) == num_votes
+    return Vote(answers[classes[0][0]], num_votes, tied)
+
+
+def _normal_spaces(text: str) -> str:
+    return re.sub(r"(?<!\w) | (?!\w)", "", " ".join(text.split()))
+
+
+# The pool: idle workers on top of a stack, None where none has been started yet.
+
+_Worker = subprocess.Popen[str]
+_pool: LifoQueue[_Worker | None] = LifoQueue()
+_num_timeouts = 0
+_count = threading.Lock()
+
+
+@lru_cache(maxsize=65536)
+def _shown_equal(a: str, b: str) -> bool:
+    worker = _pool.get()
+    try:
+        if worker is None or worker.poll() is not None:
+            worker = _start_worker()
+        reply = _ask(worker, json.dumps([TIME_LIMIT_S, a, b]))
+    except BaseException:  # also Ctrl-C: the worker's next reply would be to this pair
+        _pool.put(None)
+        if worker is not None:
+            _stop(worker)
+        raise
+    if reply:
+        _pool.put(worker)
+        return json.loads(reply)
+    _pool.put(None)
+    worker.communicate()
+    # The clock, or the stack of the C code below: the pair's own doing. Any other end is not.
+    if worker.returncode not in (-signal.SIGALRM, -signal.SIGSEGV):
+        raise RuntimeError(f"a math-verify worker ended with exit status {worker.returncode}")
+    _count_timeout(a, b)
+    return False
+
+
+def _start_worker() -> _Worker:
+    # A script of its own, so that nobody's __main__ is imported again; -P: this folder is no import path.
+    # In a session of its own, so that Ctrl-C reaches the run and not its workers.
+    command = [sys.executable, "-P", "-W", "ignore", __file__]
+    pipe = subprocess.PIPE
+    worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
+    if _ask(worker, json.dumps([0, "1", "1"])) != "true\n":
+        _stop(worker)
+        raise RuntimeError(f"a math-verify worker did not start: exit status {worker.returncode}, see stderr")
+    return worker
+
+
+def _ask(worker: _Worker, request: str) -> str:
+    """The worker's reply line, empty when it ended."""
+    assert worker.stdin and worker.stdout
+    worker.stdin.write(request + "\n")
+    worker.stdin.flush()
+    return worker.stdout.readline()
+
+
+def _stop(worker: _Worker) -> None:
+    worker.kill()
+    worker.communicate()
+
+
+def _count_timeout(a: str, b: str) -> None:
+    global _num_timeouts
+    with _count:
+        _num_timeouts += 1
+    log.warning("not shown equal in %d s: %.80r and %.80r", TIME_LIMIT_S, a, b)
+
+
+def _new_pool() -> None:
+    global _pool
+    _pool = LifoQueue()
+    for _ in range(NUM_WORKERS):
+        _pool.put(None)
+
+
+def _close_pool() -> None:
+    while not _pool.empty():
+        if worker := _pool.get_nowait():
+            _stop(worker)
+
+
+_new_pool()
+os.register_at_fork(after_in_child=_new_pool)  # two processes on one pipe would read each other's replies
+atexit.register(_close_pool)
+
+
+def _serve() -> None:
+    """The worker: a line `[seconds, a, b]` in, a line `true` or `false` out. The clock's signal ends it."""
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own clock is off
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no reply
+    # LaTeX alone: the reader of plain expressions would take any number out of a text that it cannot read.
+    config = [LatexExtractionConfig(boxed_match_priority=0)]
+    for line in sys.stdin:
+        seconds, *answers = json.loads(line)
+        signal.alarm(seconds)
+        a, b = (parse(rf"\boxed{{{answer}}}", config, "first_match", "first_match", 0) for answer in answers)
+        equal = verify(a, b, timeout_seconds=None) or verify(b, a, timeout_seconds=None)
+        signal.alarm(0)
+        print(json.dumps(equal), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
