@@ -24,7 +24,7 @@ ROLES = ("system", "user", "assistant")
 
 Row = dict[str, Any]
 LocatedRow = tuple[str, Row]
-"""A row after its place, `file:line` from 1. In json, in parquet and on the hub the line is the row's number."""
+"""A row after its place, `file:line` from 1; in json, parquet and on the hub the line is the row's number."""
 
 
 def load_problems(config: DataConfig) -> list[Problem]:
