@@ -15,6 +15,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 export OMP_NUM_THREADS := 1
 export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
+# pip leaves byte-compiling to the first import, which reads a third of the files: the result must then be kept.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format lab chromium clean
@@ -58,14 +60,16 @@ clean: ## Remove the environment and all caches; runs stay
 .venv/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "cat_grpo needs Python 3.11 or newer, and $(PYTHON) is not: try make PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv .venv
 	@touch $@
 
 .venv/.installed: .venv/.python pyproject.toml
-	$(PIP) '$(TORCH)'
-	$(PIP) -e .
+	@echo "Installing cat_grpo and what it needs into .venv: some minutes, the first time"
+	@$(PIP) '$(TORCH)'
+	@$(PIP) -e .
 	@touch $@
 
 .venv/.installed-dev: .venv/.installed
-	$(PIP) -e '.[dev]'
+	@echo "Installing what the tests need into .venv"
+	@$(PIP) -e '.[dev]'
 	@touch $@

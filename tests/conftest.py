@@ -1,0 +1,24 @@
+"""The environment of every test: one thread, no telemetry, no hub, and a Prefect home of its own.
+
+Set at import, before any test module can import a library that reads it.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+_prefect_home = tempfile.mkdtemp(prefix="cat-grpo-prefect-")
+atexit.register(shutil.rmtree, _prefect_home, ignore_errors=True)
+
+os.environ.update(
+    OMP_NUM_THREADS="1",  # a golden trajectory is one order of additions
+    TOKENIZERS_PARALLELISM="false",
+    HF_HUB_OFFLINE="1",
+    MPLBACKEND="Agg",
+    DO_NOT_TRACK="1",
+    PREFECT_HOME=_prefect_home,
+    PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="90",  # the default, 20, is short for a busy machine
+)
+os.environ.pop("PREFECT_API_URL", None)  # a developer's own server is not a place for test runs

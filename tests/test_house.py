@@ -1,0 +1,196 @@
+"""The structure as laws: which room may know which. Architecture that nobody checks is a wish."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cat_grpo.prompts import set_folder
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "cat_grpo"
+
+HEAVY = {"torch", "transformers", "prefect", "datasets", "pandas", "matplotlib", "math_verify"}
+LIGHT_ROOMS = ("cat_grpo", "cat_grpo.config", "cat_grpo.records", "cat_grpo.prompts", "cat_grpo.cli")
+TEXT_STAGES = ("cat_grpo.rollouts", "cat_grpo.references", "cat_grpo.rubrics", "cat_grpo.rewards")
+ROOMS = {
+    "datasets": {"data"},
+    "defusedxml": {"rubrics"},
+    "jinja2": {"prompts"},
+    "math_verify": {"answers"},
+    "matplotlib": {"report"},
+    "rich": {"cli"},
+    "typer": {"cli"},
+}
+STAGES = {"rollouts", "references", "rubrics", "rewards", "batches", "learner", "checkpoints"}
+STAGES_THAT_MAY_MEET = {("rewards", "rubrics"), ("checkpoints", "learner")}
+LONGEST_FILE = 300
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, absolute. `lazy`: inside a function, so not run when the importer is imported."""
+
+    module: str
+    line: int
+    lazy: bool
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    """`learner` for cat_grpo/learner.py, `engines.hf` for engines/hf.py, `engines` for engines/__init__.py."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> Iterator[Import]:
+    yield from _imports_below(ast.parse(path.read_text(encoding="utf-8")), path, lazy=False)
+
+
+def _imports_below(node: ast.AST, path: Path, lazy: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (Import(alias.name, child.lineno, lazy) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, f"{path}:{child.lineno}: imports here are absolute"
+            # Of `from a.b import c`, c may be a module of its own: then it is a.b.c that is wanted.
+            yield from (
+                Import(_module(child.module or "", alias.name), child.lineno, lazy) for alias in child.names
+            )
+        else:
+            is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from _imports_below(child, path, lazy or is_function)
+
+
+def _module(package: str, name: str) -> str:
+    inner = ROOT.joinpath(*package.split("."), name)
+    return f"{package}.{name}" if inner.with_suffix(".py").is_file() or inner.is_dir() else package
+
+
+def top(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def loaded_after(code: str) -> set[str]:
+    """The top-level modules in a fresh interpreter's sys.modules once it ran `code`."""
+    script = f"{code}\nimport json, sys\nprint(json.dumps(sorted(m for m in sys.modules if '.' not in m)))"
+    process = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    return set(json.loads(process.stdout.splitlines()[-1]))
+
+
+def exists(module: str) -> bool:
+    path = ROOT.joinpath(*module.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+@pytest.mark.parametrize("module", [*filter(exists, LIGHT_ROOMS)])
+def test_light_rooms_load_no_heavy_library(module: str):
+    assert not loaded_after(f"import {module}") & HEAVY
+
+
+@pytest.mark.parametrize("module", [*filter(exists, TEXT_STAGES)])
+def test_stages_that_handle_text_load_no_torch(module: str):
+    assert not loaded_after(f"import {module}") & {"torch", "transformers", "prefect"}
+
+
+@pytest.mark.skipif(not exists("cat_grpo.cli"), reason="there is no command line")
+def test_help_loads_no_heavy_library():
+    ask_for_help = """
+import sys
+from cat_grpo.cli import main
+sys.argv = ["cat-grpo", "--help"]
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+"""
+    assert not loaded_after(ask_for_help) & HEAVY
+
+
+@pytest.mark.parametrize("path", sources(), ids=room)
+def test_the_method_does_not_know_prefect(path: Path):
+    for wanted in imports(path):
+        if top(wanted.module) in {"prefect", "flows"}:
+            assert room(path) == "cli", f"{path}:{wanted.line}: only the command line may start a flow"
+            assert wanted.lazy, f"{path}:{wanted.line}: inside the function that needs it, or --help is slow"
+
+
+@pytest.mark.parametrize("path", sources(), ids=room)
+def test_a_heavy_library_has_one_room(path: Path):
+    for wanted in imports(path):
+        library = top(wanted.module)
+        assert library not in ROOMS or room(path) in ROOMS[library], (
+            f"{path}:{wanted.line}: {library} is the business of {sorted(ROOMS[library])}"
+        )
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_stages_do_not_know_each_other(stage: str):
+    path = PACKAGE / f"{stage}.py"
+    if not path.is_file():
+        pytest.skip(f"there is no {path.name}")
+    known = {wanted.module.removeprefix("cat_grpo.") for wanted in imports(path)} & STAGES - {stage}
+    assert {(stage, other) for other in known} <= STAGES_THAT_MAY_MEET
+
+
+def test_imports_make_no_circle():
+    graph = {
+        room(path): {
+            wanted.module.removeprefix("cat_grpo").removeprefix(".")
+            for wanted in imports(path)
+            if top(wanted.module) == "cat_grpo" and not wanted.lazy
+        }
+        for path in sources()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail[trail.index(name) :], name))
+        if name not in done:
+            for other in sorted(graph.get(name, ())):
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("path", [*sources(), *sorted((ROOT / "flows").rglob("*.py"))], ids=str)
+def test_a_file_can_be_read_in_one_sitting(path: Path):
+    assert lines_of_code(path) <= LONGEST_FILE
+
+
+def lines_of_code(path: Path) -> int:
+    """Lines that are not blank, comment or docstring."""
+    text = path.read_text(encoding="utf-8")
+    prose = {
+        number
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    return sum(
+        bool(line.strip()) and not line.lstrip().startswith("#") and number not in prose
+        for number, line in enumerate(text.splitlines(), start=1)
+    )
+
+
+@pytest.mark.parametrize("path", sources(), ids=room)
+def test_what_is_not_built_is_not_there(path: Path):
+    assert "NotImplementedError" not in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("prompt_set", ["default", "lab"])
+def test_both_prompt_sets_are_whole(prompt_set: str):
+    assert set_folder(prompt_set).is_dir()
