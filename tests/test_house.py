@@ -28,7 +28,11 @@ ROOMS = {
     "typer": {"cli"},
 }
 STAGES = {"rollouts", "references", "rubrics", "rewards", "batches", "learner", "checkpoints"}
-STAGES_THAT_MAY_MEET = {("rewards", "rubrics"), ("checkpoints", "learner")}
+STAGES_THAT_MAY_MEET = {
+    ("rewards", "rubrics"),
+    ("checkpoints", "learner"),
+    ("learner", "batches"),  # the one record made of tensors lives with its maker, for records.py loads no torch
+}
 LONGEST_FILE = 300
 
 
@@ -46,7 +50,7 @@ def sources() -> list[Path]:
 
 
 def room(path: Path) -> str:
-    """`learner` for cat_grpo/learner.py, `engines.hf` for engines/hf.py, `engines` for engines/__init__.py."""
+    """`learner` for cat_grpo/learner.py, `engines.hf` for engines/hf.py, `engines` for its __init__."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
