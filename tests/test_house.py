@@ -31,7 +31,7 @@ STAGES = {"rollouts", "references", "rubrics", "rewards", "batches", "learner", 
 STAGES_THAT_MAY_MEET = {
     ("rewards", "rubrics"),
     ("checkpoints", "learner"),
-    ("learner", "batches"),  # the one record made of tensors lives with its maker, for records.py loads no torch
+    ("learner", "batches"),  # a batch is made of tensors, so its type lives there: records.py loads no torch
 }
 LONGEST_FILE = 300
 
