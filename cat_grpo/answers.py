@@ -127,8 +127,10 @@ _count = threading.Lock()
 def _shown_equal(a: str, b: str) -> bool:
     worker = _pool.get()
     try:
-        if worker is None or worker.poll() is not None:
-            worker = _start_worker()
+        if worker is not None and worker.poll() is not None:  # it died while it was idle
+            _stop(worker)
+            worker = None
+        worker = worker or _start_worker()
         reply = _ask(worker, json.dumps([TIME_LIMIT_S, a, b]))
     except BaseException:  # also Ctrl-C: the worker's next reply would be to this pair
         _pool.put(None)

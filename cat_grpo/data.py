@@ -215,7 +215,7 @@ def _parquet_rows(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[i
             present = [name for name in table.schema_arrow.names if columns is None or name in columns]
             batches = table.iter_batches(batch_size=1024, columns=present)
             yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not parquet: {_first_line(error)}") from error
 
 
