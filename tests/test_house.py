@@ -170,7 +170,9 @@ def test_imports_make_no_circle():
         visit(name, ())
 
 
-@pytest.mark.parametrize("path", [*sources(), *sorted((ROOT / "flows").rglob("*.py"))], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [*sources(), *sorted((ROOT / "flows").rglob("*.py"))], ids=lambda path: path.name
+)
 def test_a_file_can_be_read_in_one_sitting(path: Path):
     assert lines_of_code(path) <= LONGEST_FILE
 
