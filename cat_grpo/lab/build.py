@@ -20,9 +20,11 @@ from cat_grpo.lab.tokenizer import train_tokenizer
 
 log = logging.getLogger(__name__)
 
-STEPS = 1500
+STEPS = 1600
 PEAK_LR = 2e-3
 WARM_UP = 50
+PROMPT_WEIGHT = 0.2
+"""Of the prompts' own tokens while texts are short: reading rollouts that repeat each other teaches copying."""
 SAVE_EVERY = 100
 VOCAB_SIZE = 1600
 """An upper bound: training ends earlier, once every piece of the corpus is one token."""
@@ -70,8 +72,10 @@ def base_model(vocab_size: int, eos_token_id: int, pad_token_id: int) -> LlamaFo
     return LlamaForCausalLM(config)
 
 
-def train_base(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, checkpoint: Path) -> LlamaForCausalLM:
-    """Next-token training on the corpus, the loss on completions alone."""
+def train_base(
+    tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, checkpoint: Path
+) -> LlamaForCausalLM:
+    """Next-token training on the corpus, on the completions above all."""
     torch.manual_seed(seed)
     model = base_model(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
@@ -84,15 +88,18 @@ def train_base(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, checkp
     for step in range(first, steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps)
         losses = {}
-        for job, (input_ids, targets) in job_batches(tokenizer, seed, step):
-            loss = completion_loss(model, input_ids, targets)
-            loss.backward()
-            losses[job] = loss.item()
+        reach = reach_at(step, steps)
+        for job, batch in job_batches(tokenizer, seed, step, reach):
+            completion_loss, prompt_loss = token_losses(model, *batch)
+            (completion_loss + (PROMPT_WEIGHT * prompt_loss if reach < 1.0 else 0.0)).backward()
+            losses[job] = completion_loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % SAVE_EVERY == 0:
-            log.info("step %d of %d: %s", step + 1, steps, {job: round(loss, 3) for job, loss in losses.items()})
+            log.info(
+                "step %d of %d: %s", step + 1, steps, {job: round(loss, 3) for job, loss in losses.items()}
+            )
             _save_whole(checkpoint, model, optimizer, step + 1)
     return model
 
@@ -104,46 +111,57 @@ def learning_rate(step: int, steps: int) -> float:
     return PEAK_LR * min((step + 1) / WARM_UP, cosine)
 
 
-def completion_loss(model: LlamaForCausalLM, input_ids: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of the targets that are not -100: (B, T), (B, T) -> ().
+def reach_at(step: int, steps: int) -> float:
+    """How long the texts may be: a fifth at first, all from half of the training on."""
+    return min(1.0, 0.2 + 0.8 * step / (0.5 * steps))
 
-    Rows are padded on the right, so under causal attention no mask is needed. The head sees only the
-    positions that predict a target.
+
+def token_losses(model: LlamaForCausalLM, input_ids: Tensor, is_completion: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean next-token cross-entropy of completions and of prompts: (B, T), (B, T) -> (), ().
+
+    Rows are padded on the right, so under causal attention no mask is needed.
     """
-    hidden = model.model(input_ids=input_ids).last_hidden_state  # (B, T, H)
-    predicts = targets != -100
-    return torch.nn.functional.cross_entropy(model.lm_head(hidden[predicts]), targets[predicts])
+    hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]  # (B, T - 1, H)
+    targets, is_completion = input_ids[:, 1:], is_completion[:, 1:]
+    is_prompt = ~is_completion & (targets != model.config.pad_token_id)
+    return _cross_entropy(model, hidden, targets, is_completion), _cross_entropy(
+        model, hidden, targets, is_prompt
+    )
+
+
+def _cross_entropy(model: LlamaForCausalLM, hidden: Tensor, targets: Tensor, chosen: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[chosen]), targets[chosen])
 
 
 def job_batches(
-    tokenizer: PreTrainedTokenizerFast, seed: int, step: int
+    tokenizer: PreTrainedTokenizerFast, seed: int, step: int, reach: float
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """The rows of one step, a batch per job: input ids and next-token targets, both (B, T)."""
+    """The rows of one step, a batch per job: ids and which of them are completion, both (B, T)."""
     for job, num_rows in corpus.JOBS.items():
         rng = random.Random(f"{seed} {step} {job.__name__}")
-        yield job.__name__, padded([job(rng) for _ in range(num_rows)], tokenizer)
+        yield job.__name__, padded([job(rng, reach) for _ in range(num_rows)], tokenizer)
 
 
 def padded(pairs: Sequence[corpus.Pair], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
-    """(prompt, completion) pairs as right-padded ids and targets; -100 where nothing is to be learned."""
+    """(prompt, completion) pairs as right-padded ids, and where the completions stand."""
     turns = [[{"role": "user", "content": prompt}] for prompt, _ in pairs]
     prompts = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     completions = tokenizer([completion + tokenizer.eos_token for _, completion in pairs]).input_ids
-    length = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True)) - 1
+    length = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
     input_ids = torch.full((len(pairs), length), tokenizer.pad_token_id)
-    targets = torch.full((len(pairs), length), -100)
+    is_completion = torch.zeros_like(input_ids, dtype=torch.bool)
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        ids = torch.tensor(prompt + completion)
-        input_ids[row, : len(ids) - 1] = ids[:-1]
-        targets[row, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
-    return input_ids, targets
+        end = len(prompt) + len(completion)
+        input_ids[row, :end] = torch.tensor(prompt + completion)
+        is_completion[row, len(prompt) : end] = True
+    return input_ids, is_completion
 
 
 def _tokenizer_texts(seed: int) -> Iterator[str]:
     rng = random.Random(f"{seed} tokenizer")
     for _ in range(1500):
         for job in corpus.JOBS:
-            yield from job(rng)
+            yield from job(rng, 1.0)
 
 
 def _save_whole(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, step: int) -> None:

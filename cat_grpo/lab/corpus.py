@@ -4,6 +4,9 @@ Solving is shown with slips, so that the base model knows the task and is noisy 
 and judging are shown without any: they must be reliable, unbiased readers. Synthesis data is made of random
 values and random points, never of a solvable question, so the anchor learns to read rollouts and not to
 solve again: an anchor that solves again teaches its own systematic mistakes.
+
+Every job takes its `reach` in (0, 1]: how much of the full size of groups, notes and rubrics it may use. A
+model that first learns to read short texts learns it in fewer steps, and each of them is cheaper.
 """
 
 import random
@@ -21,7 +24,18 @@ KEEP_RATE = 0.72
 """How often a solving demonstration makes a needed point."""
 STRAY_RATES = (0.45, 0.35, 0.15, 0.05)
 """How often it makes 0, 1, 2 or 3 points that nobody needs."""
-OPENERS = ("First", "Also", "Then", "Next", "Please", "At home", "Each day", "If possible", "For comfort", "Remember")
+OPENERS = (
+    "First",
+    "Also",
+    "Then",
+    "Next",
+    "Please",
+    "At home",
+    "Each day",
+    "If possible",
+    "For comfort",
+    "Remember",
+)
 
 Pair = tuple[str, str]
 
@@ -47,13 +61,13 @@ def slip(value: int, rate: float, rng: random.Random) -> int:
     return value + rng.choice(SLIPS) if rng.random() < rate else value
 
 
-def solve_verifiable(rng: random.Random) -> Pair:
+def solve_verifiable(rng: random.Random, reach: float) -> Pair:
     pairs = lab.draw_pairs(rng, held_out=False)
     values = [slip(a + b, SLIP_RATE, rng) for a, b in pairs]
     return render(PROMPT_SET, "solve_verifiable", question=lab.sums_question(pairs)), boxed(values)
 
 
-def solve_open(rng: random.Random) -> Pair:
+def solve_open(rng: random.Random, reach: float) -> Pair:
     complaints = lab.draw_complaints(rng, held_out=False)
     points = []
     for complaint in complaints:
@@ -65,11 +79,11 @@ def solve_open(rng: random.Random) -> Pair:
     return render(PROMPT_SET, "solve_open", question=lab.care_question(complaints)), note(points, rng)
 
 
-def synthesize_verifiable(rng: random.Random) -> Pair:
+def synthesize_verifiable(rng: random.Random, reach: float) -> Pair:
     """Rollouts that disagree sum by sum; the answer has the most frequent value of each sum."""
     rate = rng.uniform(0.0, 0.6)
     truth = [rng.randint(2 * min(lab.OPERANDS), 2 * max(lab.OPERANDS)) for _ in range(lab.NUM_SUMS)]
-    rollouts = [[slip(value, rate, rng) for value in truth] for _ in range(_group_size(rng))]
+    rollouts = [[slip(value, rate, rng) for value in truth] for _ in range(_group_size(rng, reach))]
     texts = [boxed(values) for values in rollouts]
     if len(texts) > 3 and rng.random() < 0.1:  # a broken rollout is no vote
         texts[rng.randrange(len(texts))] = boxed(truth)[: rng.randint(4, 24)]
@@ -78,13 +92,13 @@ def synthesize_verifiable(rng: random.Random) -> Pair:
     return render(PROMPT_SET, "synthesize_verifiable", question="", rollouts=texts), boxed(answer)
 
 
-def synthesize_open(rng: random.Random) -> Pair:
+def synthesize_open(rng: random.Random, reach: float) -> Pair:
     """Notes that overlap; the answer has the points that at least half of them make."""
-    core = rng.sample(lab.POINTS, rng.randint(2, 9))
+    core = rng.sample(lab.POINTS, _size(rng, 2, 8, reach))
     others = sorted(set(lab.POINTS) - set(core))
     keep, stray = rng.uniform(0.5, 1.0), rng.choice((0.5, 1.0, 2.0, 4.0)) / len(others)
     notes = []
-    for _ in range(_group_size(rng)):
+    for _ in range(_group_size(rng, reach)):
         points = [point for point in core if rng.random() < keep]
         points += [point for point in others if rng.random() < stray]
         rng.shuffle(points)
@@ -96,43 +110,52 @@ def synthesize_open(rng: random.Random) -> Pair:
     return render(PROMPT_SET, "synthesize_open", question="", rollouts=texts), note(agreed, rng)
 
 
-def propose_rubric(rng: random.Random) -> Pair:
-    points = rng.sample(lab.POINTS, rng.randint(2, 10))
+def propose_rubric(rng: random.Random, reach: float) -> Pair:
+    """Any reference; one criterion for each of its points, in its order."""
+    points = rng.sample(lab.POINTS, _size(rng, 2, 10, reach))
     return render(PROMPT_SET, "propose_rubric", reference=note(points, rng)), rubric_xml(points)
 
 
-def judge(rng: random.Random, template: str = "judge_label", answers: tuple[str, str] = ("yes", "no")) -> Pair:
+def judge_label(rng: random.Random, reach: float) -> Pair:
     """One criterion on one note, satisfied in half of the cases."""
-    complaints = rng.sample(list(lab.CARE), 4)
-    pool = lab.needed_points(complaints) + rng.sample(lab.POINTS, 4)
-    points = list(dict.fromkeys(rng.sample(pool, rng.randint(1, 11))))
-    satisfied = rng.random() < 0.5
-    # A near miss comes from the same complaints: the judge must read the point, not the topic.
-    missing = [point for point in (pool if rng.random() < 0.5 else lab.POINTS) if point not in points]
-    satisfied = satisfied or not missing
-    point = rng.choice(points if satisfied else missing)
-    prompt = render(PROMPT_SET, template, rollout=note(points, rng), criterion=f"The note says: {point}.")
-    return prompt, answers[0] if satisfied else answers[1]
+    return _judgement(rng, reach, "judge_label", ("yes", "no"))
 
 
-def judge_xml(rng: random.Random) -> Pair:
-    return judge(rng, "judge_xml", ("<verdict>yes</verdict>", "<verdict>no</verdict>"))
+def judge_xml(rng: random.Random, reach: float) -> Pair:
+    """The same, the verdict written as XML."""
+    return _judgement(rng, reach, "judge_xml", ("<verdict>yes</verdict>", "<verdict>no</verdict>"))
 
 
-JOBS: dict[Callable[[random.Random], Pair], int] = {
+JOBS: dict[Callable[[random.Random, float], Pair], int] = {
     solve_verifiable: 64,
     solve_open: 32,
     synthesize_verifiable: 16,
-    synthesize_open: 12,
+    synthesize_open: 10,
     propose_rubric: 8,
-    judge: 48,
+    judge_label: 40,
     judge_xml: 8,
 }
 """Rows of each job in one training step."""
 
 
-def _group_size(rng: random.Random) -> int:
-    return rng.choice((1, 2, 3, 4, 5, 6, 8, 8, 8, 12, 16))
+def _judgement(rng: random.Random, reach: float, template: str, answers: tuple[str, str]) -> Pair:
+    complaints = rng.sample(list(lab.CARE), 4)
+    pool = list(dict.fromkeys(lab.needed_points(complaints) + rng.sample(lab.POINTS, 4)))
+    points = rng.sample(pool, _size(rng, 1, 8, reach))
+    # A near miss comes from the same complaints: the judge must read the point, not the topic.
+    missing = [point for point in (pool if rng.random() < 0.5 else lab.POINTS) if point not in points]
+    satisfied = rng.random() < 0.5 or not missing
+    point = rng.choice(points if satisfied else missing)
+    prompt = render(PROMPT_SET, template, rollout=note(points, rng), criterion=f"The note says: {point}.")
+    return prompt, answers[0] if satisfied else answers[1]
+
+
+def _size(rng: random.Random, smallest: int, largest: int, reach: float) -> int:
+    return rng.randint(smallest, max(smallest, round(largest * reach)))
+
+
+def _group_size(rng: random.Random, reach: float) -> int:
+    return max(1, round(rng.choice((1, 2, 3, 4, 5, 6, 8, 8, 8, 12, 16)) * reach))
 
 
 def _mode(values: Sequence[int], rng: random.Random) -> int:

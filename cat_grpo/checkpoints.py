@@ -1,0 +1,76 @@
+"""Checkpoints of a run: saved whole or not at all, for `from_pretrained` and to go on from, bit for bit."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from cat_grpo.learner import Learner
+from cat_grpo.rundir import write_whole
+
+CARD = "cat_grpo.json"
+"""Beside the weights: the prompt set that the model was trained with, its anchor, its step."""
+STATE = "optimizer.pt"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoints:
+    """The checkpoints of one run, in `folder`: numbered, with the links `latest` and `best`."""
+
+    folder: Path
+
+    def save(
+        self, step: int, learner: Learner, tokenizer: PreTrainedTokenizerBase, card: Mapping, best: bool
+    ) -> Path:
+        """Everything after `step` finished steps. All older ones but the best go.
+
+        `latest` is linked last: a save that was cut short is made again from the one before.
+        """
+        final = self.folder / f"{step:06d}"
+        temporary = self.folder / f".{step:06d}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        learner.model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        torch.save(learner.optimizer_state(), temporary / STATE)
+        write_whole(temporary / CARD, json.dumps({**card, "step": step}, indent=2))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        for name in ("best", "latest") if best else ("latest",):
+            self._link(name, final)
+        self._prune()
+        return final
+
+    def latest_step(self) -> int:
+        """How many steps `latest` has behind it; 0 when there is none."""
+        latest = self.folder / "latest"
+        return int(latest.resolve().name) if latest.exists() else 0
+
+    def restore(self, learner: Learner) -> None:
+        """The weights and the optimizer of `latest`."""
+        latest = self.folder / "latest"
+        loaded = AutoModelForCausalLM.from_pretrained(latest, dtype=learner.model.dtype)
+        learner.model.load_state_dict(loaded.state_dict())
+        learner.load_optimizer_state(torch.load(latest / STATE, map_location=learner.model.device))
+
+    def _link(self, name: str, target: Path) -> None:
+        temporary = self.folder / f".{name}.tmp"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target.name)
+        os.replace(temporary, self.folder / name)
+
+    def _prune(self) -> None:
+        kept = {(self.folder / name).resolve() for name in ("latest", "best")}
+        for path in self.folder.iterdir():
+            if not path.is_symlink() and path.resolve() not in kept:
+                shutil.rmtree(path)
+
+
+def read_card(model_folder: Path) -> dict:
+    """What a model of ours says of itself; empty for any other model."""
+    path = model_folder / CARD
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,34 @@
+"""Stage 1: the policy makes G rollouts of each problem."""
+
+from collections.abc import Sequence
+
+from cat_grpo.config import RolloutConfig
+from cat_grpo.engines import Engine, Sampling
+from cat_grpo.prompts import render
+from cat_grpo.records import Group, Messages, Problem
+
+
+async def generate_rollouts(
+    problems: Sequence[Problem], policy: Engine, config: RolloutConfig, prompt_set: str, seeds: Sequence[int]
+) -> list[Group]:
+    """One group per problem, in order; rollout i of a problem depends on (its seed, i) alone."""
+    sampling = Sampling(
+        max_tokens=config.max_tokens,
+        n=config.group_size,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        seeds=seeds,
+    )
+    prompts = [solve_prompt(problem, prompt_set) for problem in problems]
+    generations = await policy.generate(prompts, sampling)
+    return [
+        Group(problem, generation.prompt_token_ids, generation.completions)
+        for problem, generation in zip(problems, generations, strict=True)
+    ]
+
+
+def solve_prompt(problem: Problem, prompt_set: str) -> Messages:
+    """The conversation as the data have it, its last turn put into the template of the problem's kind."""
+    last_turn = render(prompt_set, f"solve_{problem.kind}", question=problem.question)
+    return [*problem.messages[:-1], {"role": "user", "content": last_turn}]

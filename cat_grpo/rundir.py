@@ -1,0 +1,181 @@
+"""The run directory is the truth: what it holds was done, and what it lacks is still to do.
+
+    config.json  manifest.json  metrics.jsonl  summary.json
+    steps/000012/rollouts-00.parquet  references-00.parquet  scores-00.parquet
+    checkpoints/000020/  latest -> 000020  best -> 000010
+
+Files appear whole, by rename, or not at all.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import random
+import subprocess
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from cat_grpo.config import Config
+from cat_grpo.prompts import prompt_hashes
+from cat_grpo.records import Group, Problem, Reference, ScoredGroup
+from cat_grpo.tables import (
+    REFERENCES,
+    ROLLOUTS,
+    SCORES,
+    group_rows,
+    groups_from,
+    read_table,
+    reference_rows,
+    references_from,
+    score_rows,
+    scored_from,
+    write_table,
+)
+
+Metrics = dict[str, float]
+
+VERSIONS_OF = ("cat-grpo", "torch", "transformers", "datasets", "prefect")
+MAY_CHANGE = {"steps", "checkpoint_every", "validation", "validation_limit", "patience", "max_consensus"}
+"""Training settings that a resumed run may set anew; everything else decides what its steps mean."""
+
+
+class RunDir:
+    """The files of one training run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.config = Config.model_validate_json((path / "config.json").read_text())
+
+    @classmethod
+    def open(cls, path: Path, config: Config, problems: Sequence[Problem]) -> "RunDir":
+        """A new run, or the one that is there, to go on with.
+
+        ValueError when the run there was started with settings that would make its steps mean another thing.
+        """
+        if (path / "config.json").exists():
+            _refuse_other_settings(path, config)
+        path.mkdir(parents=True, exist_ok=True)
+        write_whole(path / "manifest.json", json.dumps(_manifest(config, problems), indent=2))
+        write_whole(path / "config.json", config.model_dump_json(indent=2))
+        return cls(path)
+
+    def seed(self, step: int, stage: str, problem_id: str) -> int:
+        """A function of (run seed, step, stage, problem) and of nothing else."""
+        return seed_of(self.config.train.seed, step, stage, problem_id)
+
+    def step_folder(self, step: int) -> Path:
+        return self.path / "steps" / f"{step:06d}"
+
+    def stage_file(self, step: int, stage: str, shard: int) -> Path:
+        return self.step_folder(step) / f"{stage}-{shard:02d}.parquet"
+
+    def write_groups(self, step: int, shard: int, groups: Sequence[Group]) -> Path:
+        return _write_rows(self.stage_file(step, "rollouts", shard), group_rows(groups), ROLLOUTS)
+
+    def read_groups(self, step: int, shard: int) -> list[Group]:
+        return groups_from(read_table(self.stage_file(step, "rollouts", shard)))
+
+    def write_references(self, step: int, shard: int, references: Sequence[Reference]) -> Path:
+        return _write_rows(self.stage_file(step, "references", shard), reference_rows(references), REFERENCES)
+
+    def read_references(self, step: int, shard: int) -> list[Reference]:
+        return references_from(read_table(self.stage_file(step, "references", shard)))
+
+    def write_scores(self, step: int, shard: int, scored: Sequence[ScoredGroup]) -> Path:
+        return _write_rows(self.stage_file(step, "scores", shard), score_rows(scored), SCORES)
+
+    def read_scored(self, step: int, shard: int) -> list[ScoredGroup]:
+        rows = read_table(self.stage_file(step, "scores", shard))
+        return scored_from(rows, self.read_groups(step, shard), self.read_references(step, shard))
+
+    def read_step(self, step: int) -> list[ScoredGroup]:
+        """All shards of a step that are done, in order."""
+        shards = sorted(self.step_folder(step).glob("scores-*.parquet"))
+        return [scored for shard in range(len(shards)) for scored in self.read_scored(step, shard)]
+
+    def metrics(self) -> list[Metrics]:
+        """One dict per finished step, in order."""
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def write_metrics(self, history: Sequence[Metrics]) -> None:
+        """The whole history anew: a step that is done again replaces its line."""
+        write_whole(self.path / "metrics.jsonl", "".join(json.dumps(metrics) + "\n" for metrics in history))
+
+
+def seed_of(run_seed: int, step: int, stage: str, problem_id: str) -> int:
+    """63 bits that depend on all four and on nothing else."""
+    digest = hashlib.sha256(f"{run_seed} {step} {stage} {problem_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def problems_of_step(problems: Sequence[Problem], step: int, num_problems: int, seed: int) -> list[Problem]:
+    """The problems of a step: epochs of the whole data one after another, each in an order of its own."""
+    positions = range(step * num_problems, (step + 1) * num_problems)
+    orders: dict[int, list[int]] = {}
+    for epoch in {position // len(problems) for position in positions}:
+        orders[epoch] = random.Random(f"{seed} epoch {epoch}").sample(range(len(problems)), len(problems))
+    return [problems[orders[position // len(problems)][position % len(problems)]] for position in positions]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file has the old content or the new one, never a part."""
+    _appear(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _write_rows(path: Path, rows: Any, schema: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _appear(path, lambda temporary: write_table(rows, schema, temporary))
+    return path
+
+
+def _appear(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def _manifest(config: Config, problems: Sequence[Problem]) -> dict[str, Any]:
+    content = json.dumps([(problem.id, problem.kind, problem.messages) for problem in problems])
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS_OF}},
+        "git": _git_commit(),
+        "prompt_set": config.prompts,
+        "prompt_hashes": prompt_hashes(config.prompts),
+        "data_fingerprint": hashlib.sha256(content.encode()).hexdigest(),
+        "num_problems": len(problems),
+        "seed": config.train.seed,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _refuse_other_settings(path: Path, config: Config) -> None:
+    there = json.loads((path / "config.json").read_text())
+    asked = json.loads(config.model_dump_json())
+    for tree in (there, asked):
+        tree["train"] = {key: value for key, value in tree["train"].items() if key not in MAY_CHANGE}
+    for section in asked:
+        if asked[section] != there.get(section):
+            raise ValueError(
+                f"{path / 'config.json'}: {section}: the run was started with other settings;"
+                f" take another directory or the same settings"
+            )

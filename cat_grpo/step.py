@@ -1,0 +1,195 @@
+"""One step of Compute as Teacher: explore, estimate references, derive rewards, improve the policy.
+
+The only place where the stages meet.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from cat_grpo.batches import make_batch, total_rewards
+from cat_grpo.checkpoints import Checkpoints
+from cat_grpo.config import Config
+from cat_grpo.data import load_problems
+from cat_grpo.engines import Engine, Engines
+from cat_grpo.engines.hf import HFEngine, load_model_and_tokenizer, model_folder
+from cat_grpo.evaluate import LabelledProblem, evaluate, load_labelled
+from cat_grpo.learner import Learner, NotFiniteError, set_aside
+from cat_grpo.metrics import Metrics, mean, step_metrics
+from cat_grpo.records import Problem, ScoredGroup
+from cat_grpo.references import estimate_references
+from cat_grpo.rewards import score_groups
+from cat_grpo.rollouts import generate_rollouts
+from cat_grpo.rundir import RunDir, problems_of_step
+from cat_grpo.selection import SCORE, is_best, label_free_score
+
+log = logging.getLogger(__name__)
+
+Stage = Callable[..., Awaitable[Any]]
+Wrap = Callable[[Stage], Stage]
+"""What a caller puts around each call of a stage: a Prefect task, a timer, nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """What a training run holds while it runs. Its stages take numbers and leave files."""
+
+    config: Config
+    run: RunDir
+    problems: Sequence[Problem]
+    validation: Sequence[LabelledProblem]
+    engines: Engines
+    learner: Learner
+    tokenizer: PreTrainedTokenizerBase
+    checkpoints: Checkpoints
+
+    @property
+    def next_step(self) -> int:
+        """The first step without a checkpoint behind it. Stage files of later steps are used again."""
+        return self.checkpoints.latest_step()
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.config.train.problems_per_step // self.config.train.shard_size)
+
+    async def rollouts(self, step: int, shard: int) -> Path:
+        """Stage 1 on one shard of the step's problems."""
+        path = self.run.stage_file(step, "rollouts", shard)
+        if path.exists():
+            return path
+        train = self.config.train
+        chosen = problems_of_step(self.problems, step, train.problems_per_step, train.seed)
+        shard_problems = chosen[shard * train.shard_size : (shard + 1) * train.shard_size]
+        seeds = [self.run.seed(step, "rollouts", problem.id) for problem in shard_problems]
+        groups = await generate_rollouts(
+            shard_problems, self.engines.policy, self.config.rollout, self.config.prompts, seeds
+        )
+        return self.run.write_groups(step, shard, groups)
+
+    async def references(self, step: int, shard: int) -> Path:
+        """Stage 2 on the shard's groups."""
+        path = self.run.stage_file(step, "references", shard)
+        if path.exists():
+            return path
+        groups = self.run.read_groups(step, shard)
+        seeds = [self.run.seed(step, "references", group.problem.id) for group in groups]
+        references = await estimate_references(
+            groups,
+            self.engines.anchor,
+            self.config.reference,
+            self.config.reward.equivalence,
+            self.config.prompts,
+            seeds,
+        )
+        return self.run.write_references(step, shard, references)
+
+    async def scores(self, step: int, shard: int) -> Path:
+        """Stage 3 on the shard's groups and references."""
+        path = self.run.stage_file(step, "scores", shard)
+        if path.exists():
+            return path
+        scored = await score_groups(
+            self.run.read_groups(step, shard),
+            self.run.read_references(step, shard),
+            self.engines.anchor,
+            self.engines.judge,
+            self.config.reward,
+            self.config.prompts,
+        )
+        return self.run.write_scores(step, shard, scored)
+
+    async def update(self, step: int) -> Metrics:
+        """Stages 4 and 5 on all shards of the step, and its line of metrics."""
+        started = time.monotonic()
+        scored = self.run.read_step(step)
+        kl = await self._kl(scored) if self.config.learner.kl_coef else []
+        rewards = total_rewards(scored, kl, self.config.learner.kl_coef)
+        batch = make_batch(scored, rewards, self.config.learner)
+        try:
+            update = await asyncio.to_thread(self.learner.update, batch)
+        except NotFiniteError as error:
+            path = self.run.step_folder(step) / "rejected_batch.pt"
+            torch.save(set_aside(batch.rows), path)
+            raise NotFiniteError(f"step {step}: {error}; the batch is in {path}") from error
+        metrics = {"step": float(step), **step_metrics(scored, rewards)}
+        metrics |= {f"policy/{name}": value for name, value in update.items()}
+        if kl:
+            metrics["policy/kl"] = mean(value for group in kl for value in group)
+        metrics["time/update_s"] = time.monotonic() - started
+        self.run.write_metrics([*self.run.metrics()[:step], metrics])
+        return metrics
+
+    async def checkpoint(self, step: int) -> Path:
+        """Weights and optimizer after this step; marked as the best when its score is."""
+        history = self.run.metrics()
+        history[-1] |= await self._selection_metrics(history)
+        self.run.write_metrics(history)
+        card = {"prompts": self.config.prompts, "anchor": model_folder(self.config.model.path)}
+        return self.checkpoints.save(step + 1, self.learner, self.tokenizer, card, is_best(history))
+
+    async def close(self) -> None:
+        for engine in {
+            id(e): e for e in (self.engines.policy, self.engines.anchor, self.engines.judge)
+        }.values():
+            await engine.close()
+
+    async def _selection_metrics(self, history: Sequence[Metrics]) -> Metrics:
+        if not self.validation:
+            return {SCORE: label_free_score(history, self.config.train.checkpoint_every)}
+        figures = await evaluate(self.validation, self.engines, self.config)
+        scores = [figures[name] for name in ("pass@1", "points_f1") if name in figures]
+        return {SCORE: mean(scores)} | {f"validation/{name}": value for name, value in figures.items()}
+
+    async def _kl(self, scored: Sequence[ScoredGroup]) -> list[list[float]]:
+        """k1 estimates of KL(policy || anchor) at temperature 1, summed over each rollout's tokens: (P, G)."""
+        rollouts = [
+            (s.group.prompt_token_ids, rollout.token_ids) for s in scored for rollout in s.group.rollouts
+        ]
+        prompts, completions = zip(*rollouts, strict=True)
+        policy = await self.engines.policy.score(prompts, completions)
+        anchor = await self.engines.anchor.score(prompts, completions)
+        sums = iter(sum(p) - sum(a) for p, a in zip(policy, anchor, strict=True))
+        return [[next(sums) for _ in s.group.rollouts] for s in scored]
+
+
+def open_loop(config: Config, run_path: Path) -> Loop:
+    """A new run, or the one in `run_path` from its latest checkpoint on. ValueError for what cannot be used."""
+    problems = load_problems(config.data)
+    validation = (
+        load_labelled(Path(config.train.validation), config.train.validation_limit)
+        if config.train.validation
+        else []
+    )
+    model, tokenizer = load_model_and_tokenizer(config.model, torch.float32)
+    anchor: Engine = HFEngine.open(config.model)
+    judge = HFEngine.open(config.judge) if config.judge else anchor
+    run = RunDir.open(run_path, config, problems)
+    learner = Learner(model, config.learner, config.rollout.temperature, tokenizer.pad_token_id)
+    checkpoints = Checkpoints(run.checkpoints)
+    if checkpoints.latest_step():
+        checkpoints.restore(learner)
+    engines = Engines(HFEngine(model, tokenizer, config.model), anchor, judge)
+    return Loop(config, run, problems, validation, engines, learner, tokenizer, checkpoints)
+
+
+async def train_step(loop: Loop, step: int, wrap: Wrap = lambda stage: stage) -> Metrics:
+    """The figure of the paper in code. Every shard walks the stages on its own; the update waits for all."""
+
+    async def walk(shard: int) -> None:
+        await wrap(loop.rollouts)(step, shard)
+        await wrap(loop.references)(step, shard)
+        await wrap(loop.scores)(step, shard)
+
+    await asyncio.gather(*(walk(shard) for shard in range(loop.num_shards)))
+    metrics = await wrap(loop.update)(step)
+    finished = step + 1
+    if finished % loop.config.train.checkpoint_every == 0 or finished == loop.config.train.steps:
+        await wrap(loop.checkpoint)(step)
+    return metrics
