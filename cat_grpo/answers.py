@@ -164,8 +164,11 @@ def _start_worker() -> _Worker:
 def _ask(worker: _Worker, request: str) -> str:
     """The worker's reply line, empty when it ended."""
     assert worker.stdin and worker.stdout
-    worker.stdin.write(request + "\n")
-    worker.stdin.flush()
+    try:
+        worker.stdin.write(request + "\n")
+        worker.stdin.flush()
+    except BrokenPipeError:
+        return ""
     return worker.stdout.readline()
 
 

@@ -63,7 +63,7 @@ def dataset_rows(dataset: "Dataset", name: str, columns: Sequence[str]) -> Itera
     if len(dataset) == 0:
         raise ValueError(f"{name}: no rows")
     for number, row in enumerate(chosen, 1):
-        yield f"{name}:{number}", _pick(dict(row), columns)
+        yield f"{name}:{number}", dict(row)
 
 
 def to_problem(location: str, row: Row, config: DataConfig) -> Problem:
