@@ -204,12 +204,12 @@ atexit.register(_close_pool)
 
 def _serve() -> None:
     """The worker: a line `[seconds, a, b]` in, a line `true` or `false` out. The clock's signal ends it."""
+    replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no reply
     from math_verify import LatexExtractionConfig, parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own clock is off
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
-    replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no reply
     # LaTeX alone: the reader of plain expressions would take any number out of a text that it cannot read.
     config = [LatexExtractionConfig(boxed_match_priority=0)]
     for line in sys.stdin:

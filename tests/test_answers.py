@@ -125,6 +125,7 @@ def test_equal_in_mathematics(a, b):
         ("", "0"),
         (r"\frac{1}{", "1"),
         ("}}{{", "1"),
+        ("}} 5 {{", "5"),
         ("\ud800 \x00 \u202e", "1"),
         ('"], "os": [', "1"),
         ("__import__('os').abort()", "1"),
@@ -191,6 +192,17 @@ def test_without_math_verify_nothing_is_judged(monkeypatch, own_pool, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="did not start"):
         equivalent("10+2", "12")
+
+
+def test_what_a_library_prints_is_no_verdict(monkeypatch, own_pool, tmp_path):
+    (tmp_path / "math_verify.py").write_text(
+        "print('true')\n"
+        "LatexExtractionConfig = dict\n"
+        "def parse(text, *_): print('true'); return text\n"
+        "def verify(a, b, timeout_seconds): print('true'); return a == b\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert not equivalent("1", "2")
 
 
 def test_a_worker_killed_from_outside_is_an_error(monkeypatch, own_pool):
