@@ -71,7 +71,7 @@ def total_rewards(scored: Sequence[ScoredGroup], kl: Sequence[Sequence[float]], 
 
 
 def make_batch(scored: Sequence[ScoredGroup], rewards: Tensor, config: LearnerConfig) -> Batch:
-    """The rollouts with a reward, each with its advantage (CaT eq. 5). `rewards` is (P, G) with NaN for none."""
+    """The rollouts with a reward, each with its advantage (CaT eq. 5). `rewards` is (P, G), NaN for none."""
     advantages = group_advantages(rewards, config.advantage_scale).tolist()
     rows = [
         TrainingRow(group.group.prompt_token_ids, rollout.token_ids, rollout.logprobs, advantages[p][g])

@@ -6,15 +6,16 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from cat_grpo.learner import Learner
 from cat_grpo.rundir import write_whole
 
 CARD = "cat_grpo.json"
-"""Beside the weights: the prompt set that the model was trained with, its anchor, its step."""
+"""Beside the weights: the settings that the model was trained to be asked with, its anchor, its step."""
 STATE = "optimizer.pt"
 
 
@@ -74,3 +75,17 @@ def read_card(model_folder: Path) -> dict:
     """What a model of ours says of itself; empty for any other model."""
     path = model_folder / CARD
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def export_model(checkpoint: Path, out: Path, dtype: Literal["float32", "bfloat16"]) -> Path:
+    """The checkpoint as a plain model folder. ValueError when there is none, or something is at `out`."""
+    if not checkpoint.exists():
+        raise ValueError(f"{checkpoint}: no such checkpoint")
+    if out.exists():
+        raise ValueError(f"{out}: is there already")
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).save_pretrained(temporary)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(temporary)
+    os.replace(temporary, out)
+    return out

@@ -1,15 +1,18 @@
-"""Every decision that a user may change, once. The docstring under a field is its help text in the Prefect form.
+"""Every decision that a user may change, once. A field's docstring is its help text in the Prefect form.
 
 A default is the paper's value (CaT, arXiv:2509.14234v3) where the paper gives one. Presets are sparse TOML
 files over these defaults; overrides are sparse too; the resolved tree is saved with the run.
 """
 
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+Equivalence = Literal["math", "string"]
 
 
 class Section(BaseModel):
@@ -83,7 +86,7 @@ class ReferenceConfig(Section):
 class RewardConfig(Section):
     """How a rollout and a reference become a reward."""
 
-    equivalence: Literal["math", "string"] = "math"
+    equivalence: Equivalence = "math"
     """When two final answers are equal: mathematically (math-verify), or as text up to white space."""
     min_criteria: int = Field(5, ge=1)
     """A rubric with fewer criteria is not used, and its group drops out."""
@@ -177,12 +180,18 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in _PRESETS.glob("*.toml"))
 
 
-def load_config(preset: str | None = None, file: Path | None = None, overrides: Iterable[str] = ()) -> Config:
-    """Defaults, then the preset, then the user's TOML file, then `section.key=value` overrides.
+def load_config(
+    preset: str | None = None,
+    file: Path | None = None,
+    overrides: Iterable[str] = (),
+    base: Mapping[str, Any] | None = None,
+) -> Config:
+    """Defaults, then `base`, the preset, the user's TOML file, and `section.key=value` overrides.
 
     Raises ValueError with the source and the key in one line.
     """
     tree: dict[str, Any] = {}
+    _merge(tree, base or {})
     if preset is not None:
         if preset not in preset_names():
             raise ValueError(f"unknown preset {preset!r}: the presets are {', '.join(preset_names())}")
@@ -223,9 +232,9 @@ def _parse_override(override: str) -> dict[str, Any]:
     return value
 
 
-def _merge(tree: dict[str, Any], update: dict[str, Any]) -> None:
+def _merge(tree: dict[str, Any], update: Mapping[str, Any]) -> None:
     for key, value in update.items():
-        if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            _merge(tree[key], value)
+        if isinstance(value, Mapping):
+            _merge(tree.setdefault(key, {}), value)
         else:
             tree[key] = value

@@ -32,7 +32,7 @@ class LabelledProblem:
 
 
 def load_labelled(path: Path, limit: int | None = None) -> list[LabelledProblem]:
-    """The rows `id, prompt, kind, answer | points` of a file, at most `limit`. ValueError says what is wrong where."""
+    """Rows `id, prompt, kind, answer | points` of a file, at most `limit`; ValueError with file and line."""
     labelled = [_labelled(location, row) for location, row in read_rows(path, None)]
     return labelled[:limit]
 

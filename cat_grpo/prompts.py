@@ -22,7 +22,7 @@ TEMPLATES = (
 
 
 def render(prompt_set: str, name: str, **fields: object) -> str:
-    """The template `name` of a set, filled in. A field that the template names and the call lacks is an error."""
+    """The template `name` of a set, filled in. A field that it names and the call lacks is an error."""
     return _environment(prompt_set).get_template(f"{name}.txt").render(**fields)
 
 
@@ -33,7 +33,7 @@ def prompt_hashes(prompt_set: str) -> dict[str, str]:
 
 
 def set_folder(prompt_set: str) -> Path:
-    """A shipped set by name (`default`, `lab`) or a folder of the user's. ValueError names what is missing."""
+    """A shipped set by name (`default`, `lab`) or a folder of one's own. ValueError names what is missing."""
     shipped_set = shipped("prompts", prompt_set)
     folder = shipped_set if shipped_set.is_dir() else Path(prompt_set)
     missing = [name for name in TEMPLATES if not (folder / f"{name}.txt").is_file()]

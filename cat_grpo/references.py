@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 from cat_grpo.answers import Vote, extract_answer, majority, same_answer
-from cat_grpo.config import ReferenceConfig
+from cat_grpo.config import Equivalence, ReferenceConfig
 from cat_grpo.engines import Engine, Sampling
 from cat_grpo.prompts import render
 from cat_grpo.records import Completion, Group, Message, Reference
@@ -14,7 +14,7 @@ async def estimate_references(
     groups: Sequence[Group],
     anchor: Engine,
     config: ReferenceConfig,
-    equivalence: str,
+    equivalence: Equivalence,
     prompt_set: str,
     seeds: Sequence[int],
 ) -> list[Reference]:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 from cat_grpo.answers import extract_answer, same_answer
-from cat_grpo.config import RewardConfig
+from cat_grpo.config import Equivalence, RewardConfig
 from cat_grpo.engines import Engine
 from cat_grpo.records import Completion, Group, Reference, RolloutScore, Rubric, ScoredGroup, Verdict
 from cat_grpo.rubrics import judge_criteria, propose_rubrics
@@ -36,7 +36,7 @@ async def score_groups(
     ]
 
 
-def agreement(answer: str | None, reference_answer: str, equivalence: str) -> float:
+def agreement(answer: str | None, reference_answer: str, equivalence: Equivalence) -> float:
     """1 when the final answers are equal, else 0 (CaT eq. 2). A rollout without an answer is wrong."""
     return float(answer is not None and same_answer(equivalence)(answer, reference_answer))
 

@@ -19,7 +19,7 @@ from cat_grpo.checkpoints import Checkpoints
 from cat_grpo.config import Config
 from cat_grpo.data import load_problems
 from cat_grpo.engines import Engine, Engines
-from cat_grpo.engines.hf import HFEngine, load_model_and_tokenizer, model_folder
+from cat_grpo.engines.hf import HFEngine, load_model_and_tokenizer
 from cat_grpo.evaluate import LabelledProblem, evaluate, load_labelled
 from cat_grpo.learner import Learner, NotFiniteError, set_aside
 from cat_grpo.metrics import Metrics, mean, step_metrics
@@ -131,7 +131,8 @@ class Loop:
         history = self.run.metrics()
         history[-1] |= await self._selection_metrics(history)
         self.run.write_metrics(history)
-        card = {"prompts": self.config.prompts, "anchor": model_folder(self.config.model.path)}
+        how_asked = self.config.model_dump(mode="json", include={"prompts", "rollout", "reference", "reward"})
+        card = {"anchor": self.config.model.path, "config": how_asked}
         return self.checkpoints.save(step + 1, self.learner, self.tokenizer, card, is_best(history))
 
     async def close(self) -> None:
@@ -148,7 +149,7 @@ class Loop:
         return {SCORE: mean(scores)} | {f"validation/{name}": value for name, value in figures.items()}
 
     async def _kl(self, scored: Sequence[ScoredGroup]) -> list[list[float]]:
-        """k1 estimates of KL(policy || anchor) at temperature 1, summed over each rollout's tokens: (P, G)."""
+        """k1 estimates of KL(policy || anchor) at temperature 1, summed over a rollout's tokens: (P, G)."""
         rollouts = [
             (s.group.prompt_token_ids, rollout.token_ids) for s in scored for rollout in s.group.rollouts
         ]
@@ -160,7 +161,7 @@ class Loop:
 
 
 def open_loop(config: Config, run_path: Path) -> Loop:
-    """A new run, or the one in `run_path` from its latest checkpoint on. ValueError for what cannot be used."""
+    """A new run, or the one in `run_path` from its latest checkpoint on. ValueError for unusable input."""
     problems = load_problems(config.data)
     validation = (
         load_labelled(Path(config.train.validation), config.train.validation_limit)

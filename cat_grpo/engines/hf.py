@@ -51,7 +51,7 @@ def resolve_dtype(config: ModelConfig) -> torch.dtype:
 def load_model_and_tokenizer(
     config: ModelConfig, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in evaluation mode on its device, in `dtype` or the config's. ValueError when it is not there."""
+    """The model in evaluation mode on its device, in `dtype` or the config's. ValueError when it has none."""
     folder = model_folder(config.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -186,7 +186,7 @@ class HFEngine:
         ).logits
 
     def _encode(self, messages: Messages) -> list[int]:
-        """Prompt ids. A model's special tokens in a message are text, not control: they are broken up first."""
+        """Prompt ids. Special tokens in a message are text, not control, and are broken up first."""
         specials = self._tokenizer.all_special_tokens
         safe = [{**message, "content": _defuse(message["content"], specials)} for message in messages]
         return self._tokenizer.apply_chat_template(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cat_grpo.lab import corpus, problems
 from cat_grpo.lab.tokenizer import train_tokenizer
@@ -24,7 +24,7 @@ STEPS = 1600
 PEAK_LR = 2e-3
 WARM_UP = 50
 PROMPT_WEIGHT = 0.2
-"""Of the prompts' own tokens while texts are short: reading rollouts that repeat each other teaches copying."""
+"""Of the prompts' own tokens while texts are short: rollouts that repeat each other teach copying."""
 SAVE_EVERY = 100
 VOCAB_SIZE = 1600
 """An upper bound: training ends earlier, once every piece of the corpus is one token."""

@@ -1,0 +1,233 @@
+"""The command line: reads what the user typed, calls a flow, prints what came of it."""
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.steps=20")
+]
+Preset = Annotated[str | None, typer.Option(help="lab-verifiable, lab-open, math500 or healthbench")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="A TOML file over the preset")]
+
+app = typer.Typer(
+    help="Compute as Teacher: a language model trains itself without labels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+lab_app = typer.Typer(
+    help="The lab: the tiny task and base model that ship with cat_grpo.", no_args_is_help=True
+)
+app.add_typer(lab_app, name="lab")
+
+
+def main() -> None:
+    """Bad input is one line on stderr and exit code 2; anything else that goes wrong keeps its traceback."""
+    try:
+        app()
+    except ValueError as error:
+        typer.echo(f"cat-grpo: {error}", err=True)
+        raise SystemExit(2) from None
+    except ArithmeticError as error:
+        typer.echo(f"cat-grpo: stopped: {error}", err=True)
+        raise SystemExit(1) from None
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(help="Of both training runs")] = 0,
+    out: Annotated[Path, typer.Option(help="Where the runs and summary.json go")] = Path("runs/demo"),
+) -> None:
+    """Train both families of the lab without labels; show what held-out answers say before and after."""
+    with _progress("demo"):
+        from cat_grpo.report import summary_table
+        from flows.demo import demo as demo_flow
+
+        summary = asyncio.run(demo_flow(seed=seed, out=str(out)))
+    _print_markdown(summary_table(summary))
+    typer.echo(f"\n{out / 'summary.json'} has these figures; {out}/*/steps has every reference as parquet.")
+
+
+@app.command()
+def train(
+    run: Annotated[Path, typer.Option(help="The run's directory; one that is there is gone on with")],
+    overrides: Overrides = None,
+    preset: Preset = None,
+    config_file: ConfigFile = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved config and the plan")
+    ] = False,
+) -> None:
+    """Train a policy on unlabelled problems; go on where the run in this directory stopped."""
+    from cat_grpo.config import load_config
+
+    config = load_config(preset, config_file, overrides or [])
+    if dry_run:
+        _print_plan(config)
+        return
+    with _progress("train"):
+        from flows.train import train as train_flow
+
+        best = asyncio.run(train_flow(config, str(run)))
+    typer.echo(f"The best checkpoint is {best}")
+
+
+@app.command()
+def synthesize(
+    model: Annotated[str, typer.Option(help="A folder, a hub id, or lab")],
+    problems: Annotated[str, typer.Option(help="A file, a folder or a hub data set")],
+    out: Annotated[Path, typer.Option(help="A .jsonl or .parquet file")],
+    overrides: Overrides = None,
+    preset: Preset = None,
+    config_file: ConfigFile = None,
+) -> None:
+    """Inference-time CaT: sample, synthesise and write one reference per problem. No training, no labels."""
+    config = _config_for_model(
+        model, preset, config_file, [f"data.path={json.dumps(problems)}", *(overrides or [])]
+    )
+    with _progress("synthesize"):
+        from flows.synthesize import synthesize as synthesize_flow
+
+        asyncio.run(synthesize_flow(config, str(out)))
+    typer.echo(f"Wrote {out}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="A checkpoint, a hub id, or lab")],
+    problems: Annotated[Path, typer.Option(help="A labelled file: id, prompt, kind, answer or points")],
+    overrides: Overrides = None,
+    anchor: Annotated[str | None, typer.Option(help="Default: what the checkpoint was trained with")] = None,
+    preset: Preset = None,
+    config_file: ConfigFile = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many problems")] = None,
+    seed: int = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else")] = False,
+) -> None:
+    """Measure a checkpoint on labelled problems: the only place where gold answers are read."""
+    config = _config_for_model(model, preset, config_file, overrides or [])
+    with _progress("evaluate", quiet=as_json):
+        from flows.evaluate import evaluate as evaluate_flow
+
+        figures = asyncio.run(
+            evaluate_flow(config, str(problems), model=model, anchor=anchor, limit=limit, seed=seed)
+        )
+    if as_json:
+        typer.echo(json.dumps(figures))
+    else:
+        for name, value in figures.items():
+            typer.echo(f"{name:32} {value:.4f}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Option(help="A run's directory")],
+    out: Annotated[Path, typer.Option(help="A folder that does not exist yet")],
+    checkpoint: Annotated[Literal["best", "latest"], typer.Option()] = "best",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option()] = "bfloat16",
+) -> None:
+    """Write a run's checkpoint as a plain model folder, without the optimizer."""
+    from cat_grpo.checkpoints import export_model
+
+    typer.echo(f"Wrote {export_model(run / 'checkpoints' / checkpoint, out, dtype)}")
+
+
+@lab_app.command("build")
+def lab_build(
+    out: Annotated[Path, typer.Option(help="Where problems and model go")],
+    seed: int = 0,
+    steps: Annotated[
+        int | None, typer.Option(help="Fewer for a trial; the default makes the shipped model")
+    ] = None,
+) -> None:
+    """Build the lab again: problems, tokenizer, base model. Goes on where a build in OUT stopped."""
+    with _progress("lab build"):
+        from cat_grpo.lab.build import STEPS, build_lab
+
+        model = build_lab(out, seed=seed, steps=steps or STEPS)
+    typer.echo(f"Wrote {model}")
+
+
+@lab_app.command("problems")
+def lab_problems(
+    kind: Annotated[Literal["verifiable", "open"], typer.Option()],
+    n: Annotated[int, typer.Option(min=1, help="How many")],
+    seed: int = 0,
+    out: Annotated[Path | None, typer.Option(help="A .jsonl file; default: print")] = None,
+) -> None:
+    """Write labelled problems that neither the base model nor training has seen."""
+    from cat_grpo.lab.problems import labelled_rows, write_problems
+
+    rows = labelled_rows(kind, n, seed)
+    if out is None:
+        for row in rows:
+            typer.echo(json.dumps(row))
+    else:
+        write_problems(rows, out)
+        typer.echo(f"Wrote {n} problems to {out}")
+
+
+def _config_for_model(model: str, preset: str | None, file: Path | None, overrides: list[str]) -> Any:
+    """The config for asking one model. A model of ours brings the settings that it was trained with."""
+    from cat_grpo.checkpoints import read_card
+    from cat_grpo.config import load_config
+    from cat_grpo.engines.hf import model_folder
+
+    card = read_card(Path(model_folder(model)))
+    return load_config(preset, file, [f"model.path={json.dumps(model)}", *overrides], base=card.get("config"))
+
+
+def _print_plan(config: Any) -> None:
+    from cat_grpo.data import load_problems
+    from cat_grpo.plan import plan_markdown
+
+    problems = load_problems(config.data)
+    typer.echo(config.model_dump_json(indent=2))
+    _print_markdown(plan_markdown(config, problems))
+
+
+def _print_markdown(text: str) -> None:
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console().print(Markdown(text))
+
+
+@contextmanager
+def _progress(title: str, quiet: bool = False) -> Iterator[None]:
+    """A bar on stderr that follows the log records that carry `progress=(done, total)`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
+        handler = _ProgressHandler(progress, progress.add_task(title, total=None))
+        loggers = [logging.getLogger(name) for name in ("cat_grpo", "flows")]
+        for logger in loggers:
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.removeHandler(handler)
+
+
+class _ProgressHandler(logging.Handler):
+    def __init__(self, progress: Any, task_id: Any) -> None:
+        super().__init__()
+        self._progress, self._task_id = progress, task_id
+
+    def emit(self, record: logging.LogRecord) -> None:
+        done, total = getattr(record, "progress", (None, None))
+        if total is not None:
+            self._progress.update(
+                self._task_id, completed=done, total=total, description=record.getMessage(), refresh=True
+            )
