@@ -91,7 +91,7 @@ def _last_element(text: str, tag: str) -> Element | None:
         return None
     try:
         return fromstring(found[-1])
-    except (ParseError, DefusedXmlException):
+    except (ParseError, DefusedXmlException, UnicodeEncodeError):  # the last: half of a surrogate pair
         return None
 
 
