@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cat_grpo.lab import corpus, problems
-from cat_grpo.lab.tokenizer import train_tokenizer
+from cat_grpo.lab.tokenizer import END, PAD, train_tokenizer
 
 log = logging.getLogger(__name__)
 
-STEPS = 1600
-PEAK_LR = 2e-3
+STEPS = 1500
+PEAK_LR = 2.5e-3
 WARM_UP = 50
 PROMPT_WEIGHT = 0.2
 """Of the prompts' own tokens while texts are short: rollouts that repeat each other teach copying."""
@@ -64,6 +64,7 @@ def base_model(vocab_size: int, eos_token_id: int, pad_token_id: int) -> LlamaFo
         num_key_value_heads=4,
         head_dim=32,
         max_position_embeddings=2048,
+        initializer_range=0.05,  # the usual 0.02 is for wide models and starts slowly here
         tie_word_embeddings=True,
         eos_token_id=eos_token_id,
         pad_token_id=pad_token_id,
@@ -137,31 +138,45 @@ def job_batches(
     tokenizer: PreTrainedTokenizerFast, seed: int, step: int, reach: float
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     """The rows of one step, a batch per job: ids and which of them are completion, both (B, T)."""
-    for job, num_rows in corpus.JOBS.items():
+    for job in corpus.JOBS:
         rng = random.Random(f"{seed} {step} {job.__name__}")
-        yield job.__name__, padded([job(rng, reach) for _ in range(num_rows)], tokenizer)
+        size = corpus.draw_size(rng, reach)
+        yield job.__name__, padded([job(rng, size) for _ in range(corpus.num_rows(job, size))], tokenizer)
 
 
-def padded(pairs: Sequence[corpus.Pair], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
-    """(prompt, completion) pairs as right-padded ids, and where the completions stand."""
-    turns = [[{"role": "user", "content": prompt}] for prompt, _ in pairs]
-    prompts = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-    completions = tokenizer([completion + tokenizer.eos_token for _, completion in pairs]).input_ids
-    length = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
-    input_ids = torch.full((len(pairs), length), tokenizer.pad_token_id)
+def padded(dialogues: Sequence[corpus.Dialogue], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+    """Dialogues as right-padded ids, and which of them the model is to write: both (B, T)."""
+    rows = [_encode(dialogue, tokenizer) for dialogue in dialogues]
+    length = max(len(ids) for ids, _ in rows)
+    input_ids = torch.full((len(rows), length), tokenizer.convert_tokens_to_ids(PAD))
     is_completion = torch.zeros_like(input_ids, dtype=torch.bool)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        end = len(prompt) + len(completion)
-        input_ids[row, :end] = torch.tensor(prompt + completion)
-        is_completion[row, len(prompt) : end] = True
+    for row, (ids, written) in enumerate(rows):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        is_completion[row, : len(ids)] = torch.tensor(written)
     return input_ids, is_completion
+
+
+def _encode(dialogue: corpus.Dialogue, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[bool]]:
+    """Ids in the format of the chat template, and which of them belong to the model's turns."""
+    ids: list[int] = []
+    written: list[bool] = []
+    for prompt, completion in dialogue:
+        for text, is_written in (
+            (f"<|user|>{prompt}{END}<|assistant|>", False),
+            (f"{completion}{END}", True),
+        ):
+            turn = tokenizer.encode(text, add_special_tokens=False)
+            ids += turn
+            written += [is_written] * len(turn)
+    return ids, written
 
 
 def _tokenizer_texts(seed: int) -> Iterator[str]:
     rng = random.Random(f"{seed} tokenizer")
     for _ in range(1500):
         for job in corpus.JOBS:
-            yield from job(rng, 1.0)
+            for turn in job(rng, corpus.draw_size(rng, reach=1.0)):
+                yield from turn
 
 
 def _save_whole(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -5,13 +5,13 @@ and judging are shown without any: they must be reliable, unbiased readers. Synt
 values and random points, never of a solvable question, so the anchor learns to read rollouts and not to
 solve again: an anchor that solves again teaches its own systematic mistakes.
 
-Every job takes its `reach` in (0, 1]: how much of the full size of groups, notes and rubrics it may use. A
-model that first learns to read short texts learns it in fewer steps, and each of them is cheaper.
+The rows of one batch share their size, so that little of it is padding.
 """
 
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from cat_grpo.lab import problems as lab
 from cat_grpo.prompts import render
@@ -24,6 +24,7 @@ KEEP_RATE = 0.72
 """How often a solving demonstration makes a needed point."""
 STRAY_RATES = (0.45, 0.35, 0.15, 0.05)
 """How often it makes 0, 1, 2 or 3 points that nobody needs."""
+JUDGE_TURNS = 6
 OPENERS = (
     "First",
     "Also",
@@ -37,7 +38,24 @@ OPENERS = (
     "Remember",
 )
 
-Pair = tuple[str, str]
+Dialogue = list[tuple[str, str]]
+"""(what the user says, what the model answers), turn by turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How long the texts of one batch are."""
+
+    group: int
+    """Rollouts in a synthesis."""
+    points: int
+    """Most points in a note or a rubric."""
+
+
+def draw_size(rng: random.Random, reach: float) -> Size:
+    """Groups of 1 to 16 rollouts, notes of up to 10 points; less while `reach`, in (0, 1], is small."""
+    group = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8, 12, 16))
+    return Size(max(1, round(group * reach)), max(2, round(rng.choice((4, 6, 8, 10)) * reach)))
 
 
 def boxed(values: Sequence[int]) -> str:
@@ -61,13 +79,13 @@ def slip(value: int, rate: float, rng: random.Random) -> int:
     return value + rng.choice(SLIPS) if rng.random() < rate else value
 
 
-def solve_verifiable(rng: random.Random, reach: float) -> Pair:
+def solve_verifiable(rng: random.Random, size: Size) -> Dialogue:
     pairs = lab.draw_pairs(rng, held_out=False)
     values = [slip(a + b, SLIP_RATE, rng) for a, b in pairs]
-    return render(PROMPT_SET, "solve_verifiable", question=lab.sums_question(pairs)), boxed(values)
+    return [(render(PROMPT_SET, "solve_verifiable", question=lab.sums_question(pairs)), boxed(values))]
 
 
-def solve_open(rng: random.Random, reach: float) -> Pair:
+def solve_open(rng: random.Random, size: Size) -> Dialogue:
     complaints = lab.draw_complaints(rng, held_out=False)
     points = []
     for complaint in complaints:
@@ -76,29 +94,29 @@ def solve_open(rng: random.Random, reach: float) -> Pair:
     for point in rng.sample(sorted(set(lab.POINTS) - set(lab.needed_points(complaints))), strays):
         points.insert(rng.randint(0, len(points)), point)
     points = points or [lab.CARE[complaints[0]][0]]
-    return render(PROMPT_SET, "solve_open", question=lab.care_question(complaints)), note(points, rng)
+    return [(render(PROMPT_SET, "solve_open", question=lab.care_question(complaints)), note(points, rng))]
 
 
-def synthesize_verifiable(rng: random.Random, reach: float) -> Pair:
+def synthesize_verifiable(rng: random.Random, size: Size) -> Dialogue:
     """Rollouts that disagree sum by sum; the answer has the most frequent value of each sum."""
     rate = rng.uniform(0.0, 0.6)
     truth = [rng.randint(2 * min(lab.OPERANDS), 2 * max(lab.OPERANDS)) for _ in range(lab.NUM_SUMS)]
-    rollouts = [[slip(value, rate, rng) for value in truth] for _ in range(_group_size(rng, reach))]
+    rollouts = [[slip(value, rate, rng) for value in truth] for _ in range(size.group)]
     texts = [boxed(values) for values in rollouts]
     if len(texts) > 3 and rng.random() < 0.1:  # a broken rollout is no vote
         texts[rng.randrange(len(texts))] = boxed(truth)[: rng.randint(4, 24)]
         rollouts = [values for values, text in zip(rollouts, texts, strict=True) if text.endswith("}.")]
     answer = [_mode(column, rng) for column in zip(*rollouts, strict=True)]
-    return render(PROMPT_SET, "synthesize_verifiable", question="", rollouts=texts), boxed(answer)
+    return [(render(PROMPT_SET, "synthesize_verifiable", question="", rollouts=texts), boxed(answer))]
 
 
-def synthesize_open(rng: random.Random, reach: float) -> Pair:
+def synthesize_open(rng: random.Random, size: Size) -> Dialogue:
     """Notes that overlap; the answer has the points that at least half of them make."""
-    core = rng.sample(lab.POINTS, _size(rng, 2, 8, reach))
+    core = rng.sample(lab.POINTS, rng.randint(2, size.points))
     others = sorted(set(lab.POINTS) - set(core))
     keep, stray = rng.uniform(0.5, 1.0), rng.choice((0.5, 1.0, 2.0, 4.0)) / len(others)
     notes = []
-    for _ in range(_group_size(rng, reach)):
+    for _ in range(size.group):
         points = [point for point in core if rng.random() < keep]
         points += [point for point in others if rng.random() < stray]
         rng.shuffle(points)
@@ -107,55 +125,58 @@ def synthesize_open(rng: random.Random, reach: float) -> Pair:
     agreed = [point for point in lab.POINTS if 2 * counts[point] >= len(notes)]
     agreed = agreed or [max(counts, key=lambda point: (counts[point], point))]
     texts = [note(points, rng) for points in notes]
-    return render(PROMPT_SET, "synthesize_open", question="", rollouts=texts), note(agreed, rng)
+    return [(render(PROMPT_SET, "synthesize_open", question="", rollouts=texts), note(agreed, rng))]
 
 
-def propose_rubric(rng: random.Random, reach: float) -> Pair:
+def propose_rubric(rng: random.Random, size: Size) -> Dialogue:
     """Any reference; one criterion for each of its points, in its order."""
-    points = rng.sample(lab.POINTS, _size(rng, 2, 10, reach))
-    return render(PROMPT_SET, "propose_rubric", reference=note(points, rng)), rubric_xml(points)
+    points = rng.sample(lab.POINTS, rng.randint(2, size.points))
+    return [(render(PROMPT_SET, "propose_rubric", reference=note(points, rng)), rubric_xml(points))]
 
 
-def judge_label(rng: random.Random, reach: float) -> Pair:
-    """One criterion on one note, satisfied in half of the cases."""
-    return _judgement(rng, reach, "judge_label", ("yes", "no"))
+def judge_label(rng: random.Random, size: Size) -> Dialogue:
+    """Criteria on one note, half of them satisfied; only the first turn is how a judge is asked in a run."""
+    return _judgements(rng, size, "judge_label", ("yes", "no"))
 
 
-def judge_xml(rng: random.Random, reach: float) -> Pair:
+def judge_xml(rng: random.Random, size: Size) -> Dialogue:
     """The same, the verdict written as XML."""
-    return _judgement(rng, reach, "judge_xml", ("<verdict>yes</verdict>", "<verdict>no</verdict>"))
+    return _judgements(rng, size, "judge_xml", ("<verdict>yes</verdict>", "<verdict>no</verdict>"))
 
 
-JOBS: dict[Callable[[random.Random, float], Pair], int] = {
-    solve_verifiable: 64,
+JOBS: dict[Callable[[random.Random, Size], Dialogue], int] = {
+    solve_verifiable: 56,
     solve_open: 32,
     synthesize_verifiable: 16,
     synthesize_open: 10,
-    propose_rubric: 8,
-    judge_label: 40,
-    judge_xml: 8,
+    propose_rubric: 10,
+    judge_label: 16,
+    judge_xml: 4,
 }
-"""Rows of each job in one training step."""
+"""Rows of each job in one training step, at groups of eight."""
 
 
-def _judgement(rng: random.Random, reach: float, template: str, answers: tuple[str, str]) -> Pair:
+def num_rows(job: Callable[[random.Random, Size], Dialogue], size: Size) -> int:
+    """Fewer rows of larger groups: a step costs about the same whatever its size."""
+    grouped = job in (synthesize_verifiable, synthesize_open)
+    return JOBS[job] * 8 // max(4, size.group) if grouped else JOBS[job]
+
+
+def _judgements(rng: random.Random, size: Size, template: str, answers: tuple[str, str]) -> Dialogue:
     complaints = rng.sample(list(lab.CARE), 4)
     pool = list(dict.fromkeys(lab.needed_points(complaints) + rng.sample(lab.POINTS, 4)))
-    points = rng.sample(pool, _size(rng, 1, 8, reach))
-    # A near miss comes from the same complaints: the judge must read the point, not the topic.
-    missing = [point for point in (pool if rng.random() < 0.5 else lab.POINTS) if point not in points]
-    satisfied = rng.random() < 0.5 or not missing
-    point = rng.choice(points if satisfied else missing)
-    prompt = render(PROMPT_SET, template, rollout=note(points, rng), criterion=f"The note says: {point}.")
-    return prompt, answers[0] if satisfied else answers[1]
-
-
-def _size(rng: random.Random, smallest: int, largest: int, reach: float) -> int:
-    return rng.randint(smallest, max(smallest, round(largest * reach)))
-
-
-def _group_size(rng: random.Random, reach: float) -> int:
-    return max(1, round(rng.choice((1, 2, 3, 4, 5, 6, 8, 8, 8, 12, 16)) * reach))
+    points = rng.sample(pool, rng.randint(1, min(size.points, 8)))
+    text = note(points, rng)
+    turns = []
+    for turn in range(JUDGE_TURNS):
+        satisfied = rng.random() < 0.5
+        # A near miss comes from the same complaints: the judge must read the point, not the topic.
+        missing = [point for point in (pool if rng.random() < 0.5 else lab.POINTS) if point not in points]
+        criterion = f"The note says: {rng.choice(points if satisfied else missing)}."
+        prompt = render(PROMPT_SET, template, rollout=text, criterion=criterion)
+        # The note stands in the first turn: a later one asks the same of it again, from the criterion on.
+        turns.append((prompt if turn == 0 else prompt[prompt.index("<criterion>") :], answers[not satisfied]))
+    return turns
 
 
 def _mode(values: Sequence[int], rng: random.Random) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-PIECES = r"\d{1,3}|</?[a-z]+>|\\boxed\{|[,.:] ?| \+ |\n+|[^\d<>\n.,:+{}\\]+|."
+PIECES = r"\d{1,3}|</?[a-z]+>|[A-Za-z ]*\\boxed\{|\}\.|[A-Z][a-z ]*, |[,.:] ?| \+ |\n+|[^\d<>\n.,:+{}\\]+|."
 END, PAD = "<|end|>", "<|pad|>"
 ROLES = ("system", "user", "assistant")
 CHAT_TEMPLATE = (
