@@ -7,6 +7,11 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
+
+import pytest
+
+from cat_grpo.shipped import shipped
 
 _prefect_home = tempfile.mkdtemp(prefix="cat-grpo-prefect-")
 atexit.register(shutil.rmtree, _prefect_home, ignore_errors=True)
@@ -22,3 +27,9 @@ os.environ.update(
     PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="90",  # the default, 20, is short for a busy machine
 )
 os.environ.pop("PREFECT_API_URL", None)  # a developer's own server is not a place for test runs
+
+
+@pytest.fixture(scope="session")
+def lab_model() -> Path:
+    """The folder of the lab's base model."""
+    return shipped("data", "lab", "model")

@@ -1,0 +1,267 @@
+"""The maths of GRPO against numbers worked by hand, and against loops that a reader can follow."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from cat_grpo.grpo import (
+    clipped_surrogate,
+    group_advantages,
+    is_clipped,
+    k1_kl,
+    sequence_mean,
+    token_entropy,
+    token_logprobs,
+)
+
+NAN = math.nan
+
+
+def doubles(rows: list) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def test_advantages_by_hand():
+    # Mean 1/4; squares 9/16 + 3 * 1/16 = 3/4, over n - 1 = 3: 1/4; std 1/2. (1 - 1/4) / (1/2) = 3/2.
+    assert_close(group_advantages(torch.tensor([[1.0, 0, 0, 0]])), doubles([[1.5, -0.5, -0.5, -0.5]]))
+
+
+def test_the_std_of_the_batch_by_hand():
+    # All of 1, 0, 1, 1: mean 3/4, squares 9/16 + 3 * 1/16 = 3/4, over 3: 1/4; std 1/2.
+    # The groups are still centred on their own means, 1/2 and 1.
+    rewards = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    assert_close(group_advantages(rewards, "batch"), doubles([[1, -1], [0, 0]]))
+
+
+def test_without_a_scale_rewards_are_only_centred():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 1.0, 0.0]])
+    expected = doubles([[0.75, -0.25, -0.25, -0.25], [0, 0, 0.5, -0.5]])
+    assert_close(group_advantages(rewards, "none"), expected)
+
+
+def test_the_group_scale_does_not_see_the_size_of_rewards():
+    rewards = torch.rand(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert_close(group_advantages(7 * rewards - 3), group_advantages(rewards))
+
+
+def test_a_rollout_without_a_reward_is_not_there():
+    # Of 1 and 0 alone: mean 1/2, squares 1/4 + 1/4, over 1: std 1/sqrt 2. (1/2) * sqrt 2 = 1/sqrt 2.
+    root = 1 / math.sqrt(2)
+    assert_close(group_advantages(torch.tensor([[1.0, NAN, 0.0]])), doubles([[root, 0, -root]]))
+
+
+def test_a_rollout_without_a_reward_is_not_in_the_batch_either():
+    # Of 1, 0, 0 alone: mean 1/3, squares 4/9 + 1/9 + 1/9 = 2/3, over 2: std 1/sqrt 3. (1/2) * sqrt 3.
+    rewards = torch.tensor([[1.0, 0.0], [NAN, 0.0]])
+    half_root = math.sqrt(3) / 2
+    assert_close(group_advantages(rewards, "batch"), doubles([[half_root, -half_root], [0, 0]]))
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("group", [[NAN, NAN, NAN], [NAN, 0.3, NAN], [NAN, 0.3, 0.3]])
+def test_what_cannot_be_compared_has_no_advantage(group: list[float], scale):
+    assert group_advantages(torch.tensor([group]), scale).tolist() == [[0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("group_size", [2, 3, 5, 7, 8, 16, 63])
+@pytest.mark.parametrize("reward", [0.0, 1.0, 5 / 7, 7 / 9, 0.1, -0.3])
+def test_equal_rewards_carry_no_signal_at_all(reward: float, group_size: int, scale):
+    # In float32 (3 * fl(7/9)) / 3 is not fl(7/9): the rounding must not be divided by itself.
+    # The second group has signal, so that the std of the batch is not 0.
+    rewards = torch.stack([torch.full((group_size,), reward), torch.arange(group_size) / group_size])
+    advantages = group_advantages(rewards, scale)
+    assert advantages[0].tolist() == [0.0] * group_size
+    assert advantages[1].abs().max() > 0.1
+
+
+def test_a_small_difference_is_signal_and_not_rounding():
+    # KL at 1e-3 times a small estimate may be all that tells two rollouts apart: +-1/sqrt 2 at any size.
+    root = 1 / math.sqrt(2)
+    advantages = group_advantages(doubles([[0.5 + 1e-6, 0.5]]))
+    assert_close(advantages, doubles([[root, -root]]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_of_a_group_sum_to_zero(scale):
+    rewards = torch.rand(50, 8, generator=torch.Generator().manual_seed(1))
+    rewards[rewards < 0.1] = NAN
+    sums = group_advantages(rewards, scale).sum(dim=1)
+    assert_close(sums, torch.zeros(50, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 2, 2), ()])
+def test_another_shape_is_refused(shape: tuple[int, ...]):
+    with pytest.raises(ValueError, match=r"\(problems, rollouts\)"):
+        group_advantages(torch.zeros(shape))
+
+
+def test_an_unknown_scale_is_refused():
+    with pytest.raises(ValueError, match="unknown advantage scale 'max'"):
+        group_advantages(torch.tensor([[1.0, 0.0]]), "max")  # type: ignore[arg-type]
+
+
+def test_token_logprobs_by_hand():
+    # Weights 1 : 3 give 1/4 and 3/4; at temperature 1/2 they are squared, 1 : 9.
+    logits = torch.tensor([[[0.0, math.log(3)], [0.0, math.log(3)]]])
+    ids = torch.tensor([[0, 1]])
+    assert_close(token_logprobs(logits, ids), torch.tensor([[0.25, 0.75]]).log())
+    assert_close(token_logprobs(logits, ids, temperature=0.5), torch.tensor([[0.1, 0.9]]).log())
+
+
+def test_token_logprobs_are_those_of_log_softmax():
+    generator = torch.Generator().manual_seed(2)
+    logits = 30 * torch.randn(3, 5, 40, generator=generator)
+    ids = torch.randint(40, (3, 5), generator=generator)
+    expected = (logits / 0.7).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    assert_close(token_logprobs(logits, ids, 0.7), expected)
+
+
+def test_token_logprobs_are_taken_in_float32():
+    logits = torch.tensor([[[0.0, 0.0, 0.0]]], dtype=torch.bfloat16)  # in bfloat16 log 3 would be 1.1016
+    assert_close(token_logprobs(logits, torch.tensor([[1]])), torch.tensor([[-math.log(3)]]))
+
+
+def test_entropy_by_hand():
+    # Uniform over V: log V. Weights 1 : 3: -(1/4) log(1/4) - (3/4) log(3/4), at temperature 1/2 of 1 : 9.
+    assert_close(token_entropy(torch.full((2, 3, 50), -7.0)), torch.full((2, 3), math.log(50)))
+    logits = torch.tensor([[[0.0, math.log(3)]]])
+    assert_close(token_entropy(logits), torch.tensor([[0.25 * math.log(4) + 0.75 * math.log(4 / 3)]]))
+    assert_close(token_entropy(logits, 0.5), torch.tensor([[0.1 * math.log(10) + 0.9 * math.log(10 / 9)]]))
+
+
+def test_clip_by_hand():
+    # A gain is capped at rho = 1.3, a loss is not; below 0.8 it is the other way round.
+    ratios = torch.tensor([[1.5, 1.1, 0.5], [1.5, 1.1, 0.5]])
+    advantages = torch.tensor([[2.0], [-2.0]])
+    surrogate = clipped_surrogate(ratios.log(), torch.zeros(2, 3), advantages, 0.2, 0.3)
+    assert_close(surrogate, torch.tensor([[2 * 1.3, 2 * 1.1, 2 * 0.5], [-2 * 1.5, -2 * 1.1, -2 * 0.8]]))
+
+
+def test_only_the_ratio_to_the_old_policy_counts():
+    old, advantages = torch.tensor([[-3.0, -0.1]]), torch.tensor([[1.5]])
+    surrogate = clipped_surrogate(old + math.log(1.1), old, advantages, 0.2, 0.2)
+    assert_close(surrogate, torch.full((1, 2), 1.1 * 1.5))
+
+
+def test_is_clipped_says_where_the_gradient_is_gone():
+    ratios = torch.linspace(0.51, 1.49, 50)  # no ratio lies on 0.8 or 1.3 itself
+    logprobs = ratios.log().repeat(3, 1).requires_grad_()
+    advantages, old = torch.tensor([[1.7], [-0.4], [0.9]]), torch.zeros(3, 50)
+    clipped_surrogate(logprobs, old, advantages, 0.2, 0.3).sum().backward()
+    clipped = is_clipped(logprobs.detach(), old, advantages, 0.2, 0.3)
+    assert logprobs.grad is not None
+    assert torch.equal(clipped, logprobs.grad == 0.0)
+    # The ratios are 0.02 apart: 1.31 to 1.49 are ten, 0.51 to 0.79 are fifteen.
+    assert clipped.sum(dim=1).tolist() == [10, 15, 10]
+
+
+def test_on_policy_the_gradient_is_the_advantage():
+    # d/dx A exp(x - x0) at x = x0 is A, with nothing clipped, whatever the clip's width.
+    logprobs = torch.full((2, 3), -1.3).requires_grad_()
+    advantages = torch.tensor([[1.5], [-0.5]])
+    clipped_surrogate(logprobs, logprobs.detach(), advantages, 0.0, 0.0).sum().backward()
+    assert_close(logprobs.grad, advantages.expand(2, 3))
+
+
+def test_sequence_mean_by_hand():
+    # (1 + 3) / 2 = 2 and 6 / 1 = 6, over 4 sequences of which two are elsewhere: 8 / 4. A token mean would
+    # give 10 / 3. What is masked out may be anything finite.
+    values = torch.tensor([[1.0, 3.0, 99.0], [6.0, -99.0, 99.0]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert_close(sequence_mean(values, mask, num_sequences=4), torch.tensor(2.0))
+
+
+def test_a_sequence_without_tokens_adds_nothing():
+    values, mask = torch.full((1, 2), 5.0), torch.zeros(1, 2, dtype=torch.bool)
+    assert sequence_mean(values, mask, num_sequences=1).item() == 0.0
+
+
+def test_sequence_mean_does_not_depend_on_the_cut():
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(12, 9, generator=generator)
+    mask = torch.arange(9) < torch.randint(1, 10, (12, 1), generator=generator)
+    whole = sequence_mean(values, mask, 12)
+    for size in (1, 5, 11):
+        parts = zip(values.split(size), mask.split(size), strict=True)
+        assert_close(sum((sequence_mean(*part, 12) for part in parts), torch.zeros(())), whole)
+
+
+def test_k1_by_hand():
+    # pi = 1/2 where pi_0 = 1/4: log 2; the other way round -log 2. k1 is the one that may be negative.
+    half, quarter = torch.tensor([0.5, 0.25]).log(), torch.tensor([0.25, 0.5]).log()
+    assert_close(k1_kl(half, quarter), torch.tensor([math.log(2), -math.log(2)]))
+
+
+def test_k1_is_the_kl_on_average():
+    # E under pi = (1/4, 3/4) of log pi / pi_0 with pi_0 = (1/2, 1/2): the KL itself.
+    policy, anchor = torch.tensor([0.25, 0.75]), torch.tensor([0.5, 0.5])
+    kl = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    assert_close((policy * k1_kl(policy.log(), anchor.log())).sum(), torch.tensor(kl))
+
+
+def test_the_whole_objective_is_that_of_the_papers_loop():
+    """CaT eq. 5 to 7 once as loops over plain floats, once as our functions."""
+    problems, group_size, length, vocab, temperature, low, high = 3, 4, 6, 11, 0.8, 0.2, 0.3
+    generator = torch.Generator().manual_seed(4)
+    num = problems * group_size
+    logits = 2 * torch.randn(num, length, vocab, generator=generator)
+    old_logits = logits + 0.4 * torch.randn(num, length, vocab, generator=generator)
+    ids = torch.randint(vocab, (num, length), generator=generator)
+    lengths = torch.randint(1, length + 1, (num,), generator=generator)
+    rewards = torch.tensor([[1.0, 0, 0, 1], [0.2, 0.4, 0.9, 0.1], [5 / 7, 5 / 7, 5 / 7, 5 / 7]])
+
+    def logprob(scores: Tensor, token: int) -> float:
+        weights = [math.exp(score / temperature) for score in scores.tolist()]
+        return math.log(weights[token] / sum(weights))
+
+    by_hand = 0.0
+    for row in range(num):
+        group = rewards[row // group_size].double().tolist()
+        centre = sum(group) / group_size
+        std = math.sqrt(sum((reward - centre) ** 2 for reward in group) / (group_size - 1))
+        advantage = (group[row % group_size] - centre) / std if std > 1e-6 else 0.0
+        total = 0.0
+        for t in range(int(lengths[row])):
+            token = int(ids[row, t])
+            ratio = math.exp(logprob(logits[row, t], token) - logprob(old_logits[row, t], token))
+            total += min(ratio * advantage, max(1 - low, min(1 + high, ratio)) * advantage)
+        by_hand += total / int(lengths[row]) / num
+
+    surrogate = clipped_surrogate(
+        token_logprobs(logits, ids, temperature),
+        token_logprobs(old_logits, ids, temperature),
+        group_advantages(rewards).float().reshape(-1, 1),
+        low,
+        high,
+    )
+    objective = sequence_mean(surrogate, torch.arange(length) < lengths[:, None], num)
+    assert objective.item() == pytest.approx(by_hand, abs=1e-6)
+    assert abs(by_hand) > 1e-3  # not the zero of an on-policy step
+
+
+def test_functions_leave_their_inputs_and_torch_as_they_were():
+    logits, ids = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(5)), torch.ones(2, 3).long()
+    rewards, mask = torch.tensor([[1.0, NAN], [0.5, 0.5]]), torch.ones(2, 3).bool()
+    inputs = [logits, ids, rewards, mask]
+    before = [tensor.clone() for tensor in inputs]
+
+    def state() -> tuple:
+        random_state = torch.get_rng_state().tolist()
+        return random_state, torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
+
+    state_before = state()
+    logprobs = token_logprobs(logits, ids)
+    for scale in ("group", "batch", "none"):
+        group_advantages(rewards, scale)
+    token_entropy(logits)
+    clipped_surrogate(logprobs, logprobs, torch.ones(2, 1), 0.2, 0.2)
+    is_clipped(logprobs, logprobs, torch.ones(2, 1), 0.2, 0.2)
+    k1_kl(logprobs, logprobs)
+    sequence_mean(logprobs, mask, 2)
+    assert state() == state_before
+    for tensor, old in zip(inputs, before, strict=True):
+        assert_close(tensor, old, rtol=0, atol=0, equal_nan=True)
