@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +80,12 @@ def group_rows(groups: Iterable[Group]) -> Iterator[Row]:
 def groups_from(rows: Iterable[Row]) -> list[Group]:
     """The inverse of `group_rows`."""
     groups = []
-    for _, members in groupby(rows, key=lambda row: row["problem_id"]):
-        first, *others = members
+    for members in _by_group(rows):
+        first = members[0]
         problem = Problem(first["problem_id"], tuple(json.loads(first["messages"])), first["kind"])
         rollouts = tuple(
             Completion(row["text"], tuple(row["token_ids"]), tuple(row["logprobs"]), row["finish_reason"])
-            for row in (first, *others)
+            for row in members
         )
         groups.append(Group(problem, tuple(first["prompt_token_ids"]), rollouts))
     return groups
@@ -123,7 +122,6 @@ def scored_from(
     rows: Iterable[Row], groups: Sequence[Group], references: Sequence[Reference]
 ) -> list[ScoredGroup]:
     """The inverse of `score_rows`, joined in order to the groups and references that were scored."""
-    by_problem = [list(members) for _, members in groupby(rows, key=lambda row: row["problem_id"])]
     return [
         ScoredGroup(
             group,
@@ -131,7 +129,7 @@ def scored_from(
             Rubric(tuple(members[0]["criteria"])) if members[0]["criteria"] is not None else None,
             tuple(_score(row) for row in members),
         )
-        for group, reference, members in zip(groups, references, by_problem, strict=True)
+        for group, reference, members in zip(groups, references, _by_group(rows), strict=True)
     ]
 
 
@@ -142,6 +140,18 @@ def write_table(rows: Iterable[Row], schema: pa.Schema, path: Path) -> None:
 
 def read_table(path: Path) -> list[Row]:
     return pq.read_table(path).to_pylist()
+
+
+def _by_group(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Each group's rows. A problem may come twice in a row, so its id alone does not tell them apart."""
+    members: list[Row] = []
+    for row in rows:
+        if members and row["rollout"] == 0:
+            yield members
+            members = []
+        members.append(row)
+    if members:
+        yield members
 
 
 def _score(row: Row) -> RolloutScore:
