@@ -13,6 +13,7 @@ import os
 import platform
 import random
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -120,6 +121,17 @@ def problems_of_step(problems: Sequence[Problem], step: int, num_problems: int, 
     for epoch in {position // len(problems) for position in positions}:
         orders[epoch] = random.Random(f"{seed} epoch {epoch}").sample(range(len(problems)), len(problems))
     return [problems[orders[position // len(problems)][position % len(problems)]] for position in positions]
+
+
+def rollout_keys(problems: Sequence[Problem]) -> list[str]:
+    """What the rollouts of a step's problems are seeded by: the id, and for a problem that comes once more in
+    the step its number too. With the id alone it would bring the very same rollouts again."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for problem in problems:
+        keys.append(f"{problem.id} {seen[problem.id]}" if seen[problem.id] else problem.id)
+        seen[problem.id] += 1
+    return keys
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -27,7 +27,7 @@ from cat_grpo.records import Problem, ScoredGroup
 from cat_grpo.references import estimate_references
 from cat_grpo.rewards import score_groups
 from cat_grpo.rollouts import generate_rollouts
-from cat_grpo.rundir import RunDir, problems_of_step
+from cat_grpo.rundir import RunDir, problems_of_step, rollout_keys
 from cat_grpo.selection import SCORE, is_best, label_free_score
 
 log = logging.getLogger(__name__)
@@ -66,10 +66,10 @@ class Loop:
             return path
         train = self.config.train
         chosen = problems_of_step(self.problems, step, train.problems_per_step, train.seed)
-        shard_problems = chosen[shard * train.shard_size : (shard + 1) * train.shard_size]
-        seeds = [self.run.seed(step, "rollouts", problem.id) for problem in shard_problems]
+        part = slice(shard * train.shard_size, (shard + 1) * train.shard_size)
+        seeds = [self.run.seed(step, "rollouts", key) for key in rollout_keys(chosen)[part]]
         groups = await generate_rollouts(
-            shard_problems, self.engines.policy, self.config.rollout, self.config.prompts, seeds
+            chosen[part], self.engines.policy, self.config.rollout, self.config.prompts, seeds
         )
         return self.run.write_groups(step, shard, groups)
 
