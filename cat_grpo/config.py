@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-
 Equivalence = Literal["math", "string"]
 
 
@@ -30,7 +29,7 @@ class ModelConfig(Section):
     """`auto` takes a GPU when there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type: `auto` is float32 on the CPU and bfloat16 on a GPU. Trained weights stay in float32."""
-    max_batch_tokens: int = Field(65536, ge=256)
+    max_batch_tokens: int = Field(default=65536, ge=256)
     """Most positions, padding included, that one sampling batch may hold: lower it when memory runs out."""
     chat_template_kwargs: dict[str, Any] = {}
     """Handed to the chat template, for example `{"enable_thinking": false}` for Qwen 3."""
@@ -40,7 +39,8 @@ class DataConfig(Section):
     """Where the unlabelled problems come from."""
 
     path: str = ""
-    """A file (jsonl, json, csv, parquet), a folder of such files, or a hub data set id."""
+    """A file (jsonl, json, csv, parquet), a folder of such files, or a hub data set id; `lab:verifiable`
+    and `lab:open` ship with cat_grpo."""
     split: str = "train"
     """The split of a hub data set."""
     prompt_column: str = "prompt"
@@ -56,15 +56,15 @@ class DataConfig(Section):
 class RolloutConfig(Section):
     """How the policy samples."""
 
-    group_size: int = Field(8, ge=2, le=1024)
+    group_size: int = Field(default=8, ge=2, le=1024)
     """G, rollouts per problem. One rollout has no group to be relative to."""
-    temperature: float = Field(1.0, gt=0.0, le=4.0)
+    temperature: float = Field(default=1.0, gt=0.0, le=4.0)
     """Sampling temperature. The learner's logprobs are taken at the same temperature."""
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Nucleus sampling; below 1 the samples no longer have the policy's own distribution."""
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(default=0, ge=0)
     """Keep the k likeliest tokens; 0 keeps all."""
-    max_tokens: int = Field(1536, ge=1)
+    max_tokens: int = Field(default=1536, ge=1)
     """Most new tokens in a rollout."""
 
 
@@ -77,9 +77,9 @@ class ReferenceConfig(Section):
     include_question: bool = False
     """Show the question to the anchor. The paper leaves it out, so that the anchor reconciles the rollouts
     and does not simply answer once more."""
-    temperature: float = Field(0.0, ge=0.0, le=4.0)
+    temperature: float = Field(default=0.0, ge=0.0, le=4.0)
     """0 is greedy: the reference then has no sampling noise of its own."""
-    max_tokens: int = Field(2048, ge=1)
+    max_tokens: int = Field(default=2048, ge=1)
     """Most new tokens in a reference; one that is cut off is no reference."""
 
 
@@ -88,47 +88,47 @@ class RewardConfig(Section):
 
     equivalence: Equivalence = "math"
     """When two final answers are equal: mathematically (math-verify), or as text up to white space."""
-    min_criteria: int = Field(5, ge=1)
+    min_criteria: int = Field(default=5, ge=1)
     """A rubric with fewer criteria is not used, and its group drops out."""
-    max_criteria: int = Field(20, ge=1)
+    max_criteria: int = Field(default=20, ge=1)
     """Criteria beyond this many are not judged."""
-    rubric_max_tokens: int = Field(1024, ge=1)
+    rubric_max_tokens: int = Field(default=1024, ge=1)
     """Most new tokens in a rubric."""
     verdict: Literal["label", "xml"] = "label"
     """How the judge answers: `label` reads the probabilities of yes and no as the next token; `xml` has it
     write a verdict."""
-    min_label_mass: float = Field(0.5, ge=0.0, le=1.0)
+    min_label_mass: float = Field(default=0.5, ge=0.0, le=1.0)
     """A label read with less probability than this on yes and no together is an abstention."""
-    min_judged_frac: float = Field(0.5, gt=0.0, le=1.0)
+    min_judged_frac: float = Field(default=0.5, gt=0.0, le=1.0)
     """A rollout with a smaller share of its criteria judged has no reward and drops out."""
-    length_limit: int | None = Field(None, ge=1)
+    length_limit: int | None = Field(default=None, ge=1)
     """A rollout longer than this many tokens is penalised (the paper: 750 on HealthBench)."""
-    length_penalty: float = Field(1.0, ge=0.0)
+    length_penalty: float = Field(default=1.0, ge=0.0)
     """What is subtracted from the reward of a rollout over the limit."""
 
 
 class LearnerConfig(Section):
     """The GRPO update."""
 
-    learning_rate: float = Field(5e-7, gt=0.0)
+    learning_rate: float = Field(default=5e-7, gt=0.0)
     """Constant, without warm-up."""
-    weight_decay: float = Field(0.0, ge=0.0)
+    weight_decay: float = Field(default=0.0, ge=0.0)
     """AdamW's decoupled weight decay."""
-    max_grad_norm: float = Field(1.0, gt=0.0)
+    max_grad_norm: float = Field(default=1.0, gt=0.0)
     """The gradient is scaled down to this norm."""
     advantage_scale: Literal["group", "batch", "none"] = "group"
     """Divide centred rewards by the standard deviation of their group (GRPO), of the whole batch, or by
     nothing (Dr. GRPO)."""
-    clip_low: float = Field(0.2, ge=0.0, le=1.0)
+    clip_low: float = Field(default=0.2, ge=0.0, le=1.0)
     """The importance ratio is clipped below 1 - clip_low."""
-    clip_high: float = Field(0.2, ge=0.0)
+    clip_high: float = Field(default=0.2, ge=0.0)
     """The importance ratio is clipped above 1 + clip_high."""
-    kl_coef: float = Field(1e-3, ge=0.0)
+    kl_coef: float = Field(default=1e-3, ge=0.0)
     """Times the k1 estimate of KL(policy || anchor), summed over a rollout's tokens, subtracted from its
     reward. 0 needs no anchor pass."""
-    updates_per_step: int = Field(1, ge=1)
+    updates_per_step: int = Field(default=1, ge=1)
     """Optimizer updates on each batch of rollouts."""
-    micro_batch_tokens: int = Field(16384, ge=64)
+    micro_batch_tokens: int = Field(default=16384, ge=64)
     """Most positions, padding included, in one backward pass. It never changes the gradient."""
 
 
@@ -137,24 +137,24 @@ class TrainConfig(Section):
 
     seed: int = 0
     """Every random draw is a function of (seed, step, stage, problem)."""
-    steps: int = Field(1000, ge=1)
+    steps: int = Field(default=1000, ge=1)
     """Train until this step."""
-    problems_per_step: int = Field(32, ge=1)
+    problems_per_step: int = Field(default=32, ge=1)
     """Problems in each step; times group_size gives the rollouts per update."""
-    shard_size: int = Field(32, ge=1)
+    shard_size: int = Field(default=32, ge=1)
     """Problems that walk through the stages together."""
-    checkpoint_every: int = Field(10, ge=1)
+    checkpoint_every: int = Field(default=10, ge=1)
     """Steps between checkpoints: at most this many are done again after a crash."""
     validation: str | None = None
     """A labelled file: the best checkpoint is then chosen by its score, else by label-free signals."""
-    validation_limit: int = Field(200, ge=1)
+    validation_limit: int = Field(default=200, ge=1)
     """Most problems of the validation file that each validation asks."""
-    patience: int | None = Field(None, ge=1)
+    patience: int | None = Field(default=None, ge=1)
     """Stop when this many checkpoints in a row were no better than the best. None: never."""
-    max_consensus: float | None = Field(0.98, gt=0.0, le=1.0)
+    max_consensus: float | None = Field(default=0.98, gt=0.0, le=1.0)
     """Stop when the policy's rollouts agree more than this, on average over ten steps (verifiable):
     there is then nothing left to reconcile and only the collapse ahead. None: never."""
-    max_failure_frac: float = Field(0.5, gt=0.0, le=1.0)
+    max_failure_frac: float = Field(default=0.5, gt=0.0, le=1.0)
     """Stop when a larger share of a step's rollouts than this has no reward."""
 
 
@@ -163,16 +163,16 @@ class Config(Section):
 
     prompts: str = "default"
     """A shipped prompt set, `default` or `lab`, or a folder of templates of your own."""
-    model: ModelConfig = Field(ModelConfig(), title="Model")
+    model: ModelConfig = Field(default=ModelConfig(), title="Model")
     """The initial policy. Frozen, it is also the anchor."""
-    judge: ModelConfig | None = Field(None, title="Judge")
+    judge: ModelConfig | None = Field(default=None, title="Judge")
     """An independent judge for open problems; None asks the anchor."""
-    data: DataConfig = Field(DataConfig(), title="Data")
-    rollout: RolloutConfig = Field(RolloutConfig(), title="Rollouts")
-    reference: ReferenceConfig = Field(ReferenceConfig(), title="References")
-    reward: RewardConfig = Field(RewardConfig(), title="Rewards")
-    learner: LearnerConfig = Field(LearnerConfig(), title="Learner")
-    train: TrainConfig = Field(TrainConfig(), title="Training")
+    data: DataConfig = Field(default=DataConfig(), title="Data")
+    rollout: RolloutConfig = Field(default=RolloutConfig(), title="Rollouts")
+    reference: ReferenceConfig = Field(default=ReferenceConfig(), title="References")
+    reward: RewardConfig = Field(default=RewardConfig(), title="Rewards")
+    learner: LearnerConfig = Field(default=LearnerConfig(), title="Learner")
+    train: TrainConfig = Field(default=TrainConfig(), title="Training")
 
 
 def preset_names() -> list[str]:
@@ -213,9 +213,9 @@ _PRESETS = Path(__file__).parent / "presets"
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except ValueError as error:  # not TOML, or not UTF-8
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -223,18 +223,23 @@ def _parse_override(override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ValueError(f"override {override!r}: expected section.key=value")
+    value: Any
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = None if text.lower() in ("none", "null") else text  # a bare word is a string
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
+    *sections, name = key.split(".")
+    tree: dict[str, Any] = {name: value}
+    for section in reversed(sections):
+        tree = {section: tree}
+    return tree
 
 
 def _merge(tree: dict[str, Any], update: Mapping[str, Any]) -> None:
     for key, value in update.items():
         if isinstance(value, Mapping):
-            _merge(tree.setdefault(key, {}), value)
+            if not isinstance(tree.get(key), dict):
+                tree[key] = {}
+            _merge(tree[key], value)
         else:
             tree[key] = value
