@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from cat_grpo.config import Config
 from cat_grpo.records import Problem
+from cat_grpo.rubrics import VERDICT_MAX_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ def plan(config: Config, problems: Sequence[Problem]) -> list[StagePlan]:
         ("rollouts", num_problems * group_size, config.rollout.max_tokens),
         ("references", synthesised, config.reference.max_tokens),
         ("rubrics", num_open, config.reward.rubric_max_tokens),
-        ("verdicts", num_verdicts, 1),
+        ("verdicts", num_verdicts, 1 if config.reward.verdict == "label" else VERDICT_MAX_TOKENS),
     ]
     return [StagePlan(stage, calls, calls * max_tokens) for stage, calls, max_tokens in stages]
 
