@@ -91,7 +91,7 @@ def _rubric_metrics(scored: Sequence[ScoredGroup]) -> Metrics:
     rubrics = [group.rubric for group in scored]
     verdicts = [v.satisfied for group in scored for score in group.scores for v in score.verdicts]
     columns = [
-        {score.verdicts[i].satisfied for score in group.scores}
+        {score.verdicts[i].satisfied for score in group.scores} - {None}
         for group in scored
         if group.rubric is not None
         for i in range(len(group.rubric.criteria))
@@ -101,7 +101,7 @@ def _rubric_metrics(scored: Sequence[ScoredGroup]) -> Metrics:
         "rubric/criteria": mean(len(rubric.criteria) for rubric in rubrics if rubric is not None),
         "rubric/satisfied_frac": mean(verdict for verdict in verdicts if verdict is not None),
         "rubric/abstained_frac": mean(verdict is None for verdict in verdicts),
-        "rubric/no_variance_frac": mean(len(column) == 1 for column in columns),
+        "rubric/no_variance_frac": mean(len(column) < 2 for column in columns),
     }
 
 

@@ -26,7 +26,7 @@ def label_free_score(history: Sequence[Metrics], num_steps: int) -> float:
 
 def is_best(history: Sequence[Metrics]) -> bool:
     """Whether the last step's checkpoint beats all before it."""
-    scores = [metrics[SCORE] for metrics in history if SCORE in metrics]
+    scores = _scores(history)
     return all(scores[-1] > score for score in scores[:-1])
 
 
@@ -51,6 +51,12 @@ def _recent(history: Sequence[Metrics], name: str) -> float:
     return mean(values) if len(values) == WINDOW else math.nan
 
 
+def _scores(history: Sequence[Metrics]) -> list[float]:
+    """Of the checkpoints, in order. NaN, when nothing could be scored, is worse than any score."""
+    scores = (metrics[SCORE] for metrics in history if SCORE in metrics)
+    return [-math.inf if math.isnan(score) else score for score in scores]
+
+
 def _checks_since_best(history: Sequence[Metrics]) -> int:
-    scores = [metrics[SCORE] for metrics in history if SCORE in metrics]
+    scores = _scores(history)
     return len(scores) - 1 - scores.index(max(scores)) if scores else 0
