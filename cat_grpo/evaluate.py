@@ -43,7 +43,8 @@ async def evaluate(
     """Means over problems, each with its standard error `<name>_se`, at training temperature.
 
     Verifiable: pass@1, maj@G, pass@G, reference_accuracy (without a reference: wrong),
-    reference_right_all_wrong. Open: points_f1, reference_points_f1, rubric_reward.
+    reference_right_all_wrong. Open: points_f1, reference_points_f1, rubric_reward. A figure without a single
+    problem to count is left out.
     """
     problems = [item.problem for item in labelled]
     seeds = [seed_of(seed, 0, "evaluate", problem.id) for problem in problems]
@@ -59,7 +60,10 @@ async def evaluate(
     if open_ended:
         samples |= await _open_samples(*_chosen(open_ended, labelled, groups, references), engines, config)
     figures = {
-        name: figure for key, values in samples.items() for name, figure in _mean_and_error(key, values)
+        name: figure
+        for key, values in samples.items()
+        if values
+        for name, figure in _mean_and_error(key, values)
     }
     return {"num_problems": float(len(labelled)), **figures}
 
@@ -147,18 +151,31 @@ def _mean_and_error(name: str, values: Sequence[float]) -> list[tuple[str, float
     """The mean and its standard error: sample standard deviation over the root of the count."""
     centre = mean(values)
     spread = sum((value - centre) ** 2 for value in values) / max(1, len(values) - 1)
-    return [(name, centre), (f"{name}_se", math.sqrt(spread / max(1, len(values))))]
+    return [(name, centre), (f"{name}_se", math.sqrt(spread / len(values)))]
 
 
 def _labelled(location: str, row: Mapping) -> LabelledProblem:
     problem = to_problem(location, dict(row), DataConfig())
-    answer, points = row.get("answer"), row.get("points")
-    if isinstance(points, str):
-        points = json.loads(points)  # a csv cell
-    if problem.kind == "verifiable" and not isinstance(answer, str):
-        raise ValueError(f"{location}: answer: a verifiable problem needs its gold answer as text")
-    if problem.kind == "open" and not (points and all(isinstance(point, str) for point in points)):
+    if problem.kind == "verifiable":
+        answer = row.get("answer")
+        if not isinstance(answer, str) or not answer.strip():
+            raise ValueError(f"{location}: answer: a verifiable problem needs its gold answer as text")
+        return LabelledProblem(problem, answer, ())
+    points = _points(row.get("points"))
+    if not points:
         raise ValueError(
             f"{location}: points: an open problem needs a list of the points that a good text makes"
         )
-    return LabelledProblem(problem, answer, tuple(points or ()))
+    return LabelledProblem(problem, None, points)
+
+
+def _points(value: object) -> tuple[str, ...]:
+    """The points of a list, or of the JSON in a cell of a csv table; none when it is anything else."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            return ()
+    if not isinstance(value, list) or not all(isinstance(point, str) and point.strip() for point in value):
+        return ()
+    return tuple(value)
