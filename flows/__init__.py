@@ -3,6 +3,7 @@
 Works against the server that PREFECT_API_URL names, and without one on Prefect's temporary server.
 """
 
+import logging
 import os
 
 # Prefect reads these once, when it is first imported: so here, ahead of the flows. Who set one keeps it.
@@ -14,3 +15,6 @@ for _name, _value in {
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # and those of an engine's thread belong to no run
 }.items():
     os.environ.setdefault(_name, _value)
+
+for _name in ("cat_grpo", "flows"):  # Prefect gives these its handler and no level
+    logging.getLogger(_name).setLevel(logging.INFO)

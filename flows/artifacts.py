@@ -7,18 +7,12 @@ import base64
 import logging
 import re
 from collections.abc import Awaitable
-from pathlib import Path
 
 import httpx
 from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
 from prefect.exceptions import PrefectException
 
-from cat_grpo.report import (
-    curves_png,
-    group_markdown,
-    reference_rows,
-    step_markdown,
-)
+from cat_grpo.report import curves_png, reference_rows, step_markdown
 from cat_grpo.rundir import RunDir
 from cat_grpo.selection import SCORE
 
@@ -28,18 +22,17 @@ log = logging.getLogger(__name__)
 async def publish_step(run: RunDir, step: int, alarm: str | None) -> None:
     """The step's figures and references; the curves too where the step has a checkpoint."""
     history, scored = run.metrics(), run.read_step(step)
-    key, num_steps = artifact_key(run.path), run.config.train.steps
-    page = step_markdown(history, num_steps, alarm) + "\n" + group_markdown(scored[0])
-    await publish(acreate_markdown_artifact(page, key=f"{key}-step", description=f"Step {step + 1}"))
+    key = artifact_key("-".join(run.path.resolve().parts[-2:]))
+    page = step_markdown(history, scored, run.config.train.steps, alarm)
+    await publish(acreate_markdown_artifact(page, f"{key}-step", f"Step {step + 1}"))
     rows = reference_rows(scored)
-    shown = f"Step {step + 1}: {len(rows)} of {len(scored)} references. Long texts are cut; all of it is in {run.step_folder(step)}"
-    await publish(acreate_table_artifact(rows, key=f"{key}-references", description=shown))
+    shown = f"Step {step + 1}: {len(rows)} of {len(scored)} references. In full: {run.step_folder(step)}"
+    await publish(acreate_table_artifact(rows, f"{key}-references", shown))
     if SCORE in history[-1]:
-        await publish(
-            acreate_markdown_artifact(
-                curves_markdown(history), key=f"{key}-curves", description=f"Up to step {step + 1}"
-            )
-        )
+        # A page with the image in it: below an image artifact Prefect prints the whole data URI as a link.
+        image = base64.b64encode(curves_png(history)).decode()
+        page = f"![The run's curves](data:image/png;base64,{image})"
+        await publish(acreate_markdown_artifact(page, f"{key}-curves", f"Up to step {step + 1}"))
 
 
 async def publish(artifact: Awaitable[object]) -> None:
@@ -50,7 +43,6 @@ async def publish(artifact: Awaitable[object]) -> None:
         log.warning("an artifact could not be published: %s: %s", type(error).__name__, error)
 
 
-def artifact_key(path: Path) -> str:
-    """`demo-verifiable` for runs/demo/verifiable: Prefect allows lowercase letters, digits and dashes."""
-    name = "-".join(path.resolve().parts[-2:]).lower()
-    return re.sub(r"[^a-z0-9]+", "-", name).strip("-") or "run"
+def artifact_key(name: str) -> str:
+    """Of the characters that Prefect allows: lowercase letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "run"

@@ -1,0 +1,312 @@
+"""Records and metrics for a person to read: pages, tables, curves. Small whatever the texts' lengths.
+
+Texts are a model's: on a page they are escaped, and cut to the widest cells that keep the page in its bounds.
+"""
+
+import io
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from cat_grpo.metrics import Metrics, agrees_with_majority, differs_from_all, mean
+from cat_grpo.records import RolloutScore, ScoredGroup
+from cat_grpo.selection import SCORE, WINDOW
+
+T = TypeVar("T")
+
+MAX_BYTES = 24_000
+"""Of a table's or group's JSON: a dashboard may send all versions of a run's pages to the browser at once."""
+MAX_ROWS = 50
+MAX_ROLLOUTS = 16
+WIDTHS = (1000, 500, 250, 120, 60, 30, 15, 0)
+"""Characters of a cell, tried in this order until everything fits."""
+SECTIONS = ("validation", "selection", "reward", "consensus", "reference", "rubric", "policy", "time")
+HEADLINE = {
+    "reward/mean": "Reward",
+    "consensus/majority_frac": "majority's share",
+    "reference/differs_from_majority_frac": "reference differs from the majority",
+    "rubric/satisfied_frac": "criteria met",
+    "policy/entropy": "entropy",
+}
+PANELS = {
+    "Reward": {"reward": "reward/mean", "after penalties and KL": "reward/total_mean"},
+    "Majority's share of the rollouts": {"majority": "consensus/majority_frac"},
+    "Reference differs": {
+        "from the majority": "reference/differs_from_majority_frac",
+        "from every rollout": "reference/differs_from_all_frac",
+    },
+    "Rubric": {"criteria met": "rubric/satisfied_frac", "judge abstained": "rubric/abstained_frac"},
+    "Checkpoints": {
+        "pass@1": "validation/pass@1",
+        "points F1": "validation/points_f1",
+        "reference accuracy": "validation/reference_accuracy",
+        "score to choose by": SCORE,
+    },
+    "Entropy, nats per token": {"entropy": "policy/entropy"},
+    "KL to the anchor, nats": {"KL": "policy/kl"},
+    "Length, tokens": {"rollout": "policy/tokens_per_rollout", "reference": "reference/tokens"},
+}
+NUM_COLUMNS = 3
+COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea")
+
+
+def step_markdown(
+    history: Sequence[Metrics], scored: Sequence[ScoredGroup], num_steps: int, alarm: str | None = None
+) -> str:
+    """A page on the history's last step: alarms, headline, one group in full, and then every figure."""
+    now, first = history[-1], history[0]
+    headline = (
+        f"{words} **{_figure(now, name)}** (step 1: {_figure(first, name)})"
+        for name, words in HEADLINE.items()
+        if name in now
+    )
+    blocks = [
+        f"# Step {len(history)} of {num_steps}",
+        *([f"⛔ **Stopped here:** {_escape(alarm)}"] if alarm else []),
+        *(f"⚠ **Look here:** {_escape(warning)}" for warning in warnings(history)),
+        " · ".join(headline),
+        group_markdown(scored[0]),
+        "## All figures",
+        _all_figures(history),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def warnings(history: Sequence[Metrics]) -> list[str]:
+    """What a person should look at before an alarm of `selection` stops the run."""
+    now, first = history[-1], history[0]
+    found = [
+        f"{_figure(now, name)} {words}"
+        for name, words in (
+            ("reward/dropped_frac", "of the rollouts have no reward"),
+            ("rubric/abstained_frac", "of the verdicts are missing"),
+        )
+        if now.get(name, 0.0) > 0.05
+    ]
+    is_falling = now.get("policy/entropy", 0.0) < first.get("policy/entropy", 0.0)
+    if is_falling and now.get("consensus/majority_frac", 0.0) > 0.95:
+        found.append("rollouts nearly all agree while entropy falls: little is left to reconcile")
+    scores = {step: metrics[SCORE] for step, metrics in enumerate(history, start=1) if SCORE in metrics}
+    if scores and scores[max(scores)] < (best := max(scores.values())):
+        step = next(step for step, score in scores.items() if score == best)
+        found.append(f"the last checkpoint scores {scores[max(scores)]:.3f}, that of step {step} {best:.3f}")
+    return found
+
+
+def group_markdown(group: ScoredGroup) -> str:
+    """One problem in full: its reference beside the rollouts that it was made from."""
+    return _fitting(lambda width: _group_page(group, width))
+
+
+def reference_rows(scored: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
+    """One row per problem, as `table_rows`."""
+    return table_rows([_reference_row(group) for group in scored[:MAX_ROWS]])
+
+
+def table_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The first MAX_ROWS rows with their texts cut to fit, for a table that shows text as it is."""
+    return _fitting(
+        lambda width: [{name: _plain(cell, width) for name, cell in row.items()} for row in rows[:MAX_ROWS]]
+    )
+
+
+def figures_table(figures: Mapping[str, float]) -> str:
+    """What `evaluate` found, with standard errors."""
+    return _table(["", "mean ± standard error"], [[name, _figure(figures, name)] for name in _means(figures)])
+
+
+def summary_table(summary: Mapping[str, Any]) -> str:
+    """Before and after for each family of {family: {"before": figures, "after": figures}}."""
+    rows = [
+        [family, name, _figure(part["before"], name), _figure(part["after"], name)]
+        for family, part in summary.items()
+        if isinstance(part, Mapping)
+        for name in _means(part["before"])
+    ]
+    return _table(["", "", "before", "after"], rows)
+
+
+def curves_png(history: Sequence[Metrics]) -> bytes:
+    """The run so far as small multiples: each of PANELS that has something to show. Below 36 kB."""
+    from matplotlib.figure import Figure
+
+    panels = {title: curves for title, names in PANELS.items() if (curves := _curves(history, names))}
+    num_rows = max(1, -(-len(panels) // NUM_COLUMNS))
+    height = 2.4 * num_rows
+    figure = Figure(figsize=(9.6, height))
+    figure.subplots_adjust(0.05, 0.28 / height, 0.985, 1 - 0.32 / height, wspace=0.2, hspace=0.36)
+    for position, (title, curves) in enumerate(panels.items(), start=1):
+        _draw(figure.add_subplot(num_rows, NUM_COLUMNS, position), title, curves)
+    return _small_png(figure)
+
+
+def _curves(history: Sequence[Metrics], names: Mapping[str, str]) -> dict[str, dict[int, float]]:
+    """By label: the value at each step, counted from 1. A curve that repeats another is left out."""
+    curves: dict[str, dict[int, float]] = {}
+    for label, name in names.items():
+        curve = {step: metrics[name] for step, metrics in enumerate(history, start=1) if name in metrics}
+        if curve and curve not in curves.values():
+            curves[label] = curve
+    return curves
+
+
+def _draw(axes: Any, title: str, curves: Mapping[str, Mapping[int, float]]) -> None:
+    """Few steps as dots on a line; many faint, under their running mean."""
+    for colour, (label, curve) in zip(COLOURS, curves.items(), strict=False):
+        steps, values = list(curve), list(curve.values())
+        if len(values) <= 2 * WINDOW:
+            axes.plot(steps, values, color=colour, label=label, linewidth=1.6, marker="o", markersize=3)
+        else:
+            stride = 1 + len(values) // 250  # finer than the pixels is only bytes
+            recent = [mean(values[max(0, i - WINDOW) : i]) for i in range(1, len(values) + 1)]
+            axes.plot(steps[::stride], values[::stride], color=colour, linewidth=0.8, alpha=0.25)
+            axes.plot(steps[::stride], recent[::stride], color=colour, label=label, linewidth=1.6)
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color="#111827")
+    axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#9ca3af")
+    axes.tick_params(labelsize=8, length=0, colors="#4b5563")
+    axes.locator_params(nbins=5)
+    axes.locator_params(axis="x", integer=True)
+    axes.margins(x=0.03, y=0.15)
+    if axes.get_ylim()[0] > 0:
+        axes.set_ylim(bottom=0)  # a zoomed axis makes noise look like a trend
+    if len(curves) > 1:
+        axes.legend(fontsize=7.5, frameon=False, labelcolor="#374151", handlelength=1.2)
+
+
+def _small_png(figure: Any) -> bytes:
+    """In 32 colours, which is enough for lines: a third of the bytes."""
+    from PIL import Image
+
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=100)
+    Image.open(drawn).convert("RGB").quantize(32).save(small, format="png", optimize=True)
+    return small.getvalue()
+
+
+def _all_figures(history: Sequence[Metrics]) -> str:
+    """Every figure of the last step beside its late mean and its first value, by section."""
+    now, first, recent = history[-1], history[0], history[-WINDOW:]
+    rows = []
+    for section in SECTIONS:
+        members = [name for name in _means(now) if name.startswith(f"{section}/")]
+        rows += [[f"**{section}**", "", "", ""]] if members else []
+        for name in members:
+            late = {name: mean(metrics[name] for metrics in recent if name in metrics)}
+            words = name.partition("/")[2].removesuffix("_frac").removesuffix("_s").replace("_", " ")
+            rows.append([words, *(_figure(metrics, name) for metrics in (now, late, first))])
+    return _table(["", "this step", f"mean of {len(recent)}", "step 1"], rows)
+
+
+def _reference_row(group: ScoredGroup) -> dict[str, Any]:
+    rewards = [score.reward for score in group.scores if score.reward is not None]
+    return {
+        "prompt": group.group.problem.question,
+        "reference": group.reference.text,
+        "majority": group.reference.majority,
+        "agrees": agrees_with_majority(group),
+        "mean reward": round(mean(rewards), 3) if rewards else None,
+        "rollouts scored": f"{len(rewards)} of {len(group.scores)}",
+    }
+
+
+def _group_page(group: ScoredGroup, width: int) -> str:
+    reference = [
+        ["**prompt**", _cell(group.group.problem.question, width)],
+        ["**reference**", _cell(group.reference.text or "none", width)],
+        ["**majority**", _majority(group, width)],
+    ]
+    rollouts = [
+        [str(i), _cell(rollout.text, width), _reward(score)]
+        for i, (rollout, score) in enumerate(zip(group.group.rollouts, group.scores, strict=True), start=1)
+    ]
+    num_more = len(rollouts) - MAX_ROLLOUTS
+    blocks = [
+        f"## One group: {_cell(group.group.problem.id, 60)}",
+        _table(["", ""], [row for row in reference if row[1]]),
+        _criteria(group, width),
+        _table(["", "rollout", "reward"], rollouts[:MAX_ROLLOUTS]),
+        f"and {num_more} more rollouts" if num_more > 0 else "",
+    ]
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _majority(group: ScoredGroup, width: int) -> str:
+    """The most frequent answer and how the reference stands to it; empty without one."""
+    reference = group.reference
+    if reference.majority is None:
+        return ""
+    told = f"{_cell(reference.majority, width)} ({reference.num_votes} of {len(group.scores)})"
+    if differs_from_all(group):
+        return f"{told}; the reference is in **no rollout**"
+    agrees = agrees_with_majority(group)
+    return told + {True: "; the reference agrees", False: "; the reference **differs**", None: ""}[agrees]
+
+
+def _criteria(group: ScoredGroup, width: int) -> str:
+    """The rubric, and how many of the rollouts that were judged meet each criterion; empty without one."""
+    if group.rubric is None:
+        return ""
+    judged = [score.verdicts for score in group.scores if score.verdicts]
+    rows = []
+    for i, criterion in enumerate(group.rubric.criteria[:MAX_ROWS]):
+        read = [verdicts[i].satisfied for verdicts in judged if verdicts[i].satisfied is not None]
+        rows.append([_cell(criterion, width), f"{sum(map(bool, read))} of {len(read)}"])
+    return _table(["criterion", "met by"], rows)
+
+
+def _reward(score: RolloutScore) -> str:
+    if score.reward is None:
+        return "not judged"
+    return f"{score.reward:.2f}" + (f" - {score.penalty:.2f}" if score.penalty else "")
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows])
+
+
+def _fitting(make: Callable[[int], T]) -> T:
+    """What `make` makes with the widest cells that fit."""
+    made = (make(width) for width in WIDTHS)
+    return next(one for one in made if len(json.dumps(one)) <= MAX_BYTES)
+
+
+def _plain(cell: Any, width: int) -> Any:
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    return _cut(cell, width) if isinstance(cell, str) else "" if cell is None else cell
+
+
+def _cut(text: str, width: int) -> str:
+    """In one line; where it is cut, it says how much there is."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else f"{text[:width]} … ({len(text)} characters)"
+
+
+def _cell(text: str, width: int) -> str:
+    """Markdown that shows the cut text as it is."""
+    return _escape(_cut(text, width))
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|~$&-])", r"\\\1", text)
+
+
+def _means(figures: Mapping[str, float]) -> list[str]:
+    """The names of all that is no standard error and no count of problems."""
+    return [name for name in figures if not name.endswith(("_se", "num_problems"))]
+
+
+def _figure(figures: Mapping[str, float], name: str) -> str:
+    """The value in its unit, with its standard error where there is one; empty when it is missing."""
+    if (value := figures.get(name)) is None:
+        return ""
+    if f"{name}_se" in figures:
+        return f"{value:.3f} ± {figures[f'{name}_se']:.3f}"
+    if name.endswith("_frac"):
+        return f"{value:.1%}"
+    if name.endswith("_s"):
+        return f"{value:.1f} s"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -1,0 +1,50 @@
+"""How good a checkpoint is, as a flow run: the figures are its result and its page."""
+
+from pathlib import Path
+
+from prefect import flow
+from prefect.artifacts import acreate_markdown_artifact
+
+from cat_grpo.checkpoints import read_card
+from cat_grpo.config import Config, ModelConfig
+from cat_grpo.engines import Engines
+from cat_grpo.engines.hf import HFEngine, model_folder
+from cat_grpo.evaluate import evaluate as measure
+from cat_grpo.evaluate import load_labelled
+from cat_grpo.report import figures_table
+from flows.artifacts import artifact_key, publish
+
+
+@flow(name="evaluate", flow_run_name="{model} on {problems}")
+async def evaluate(
+    config: Config,
+    problems: str,
+    model: str | None = None,
+    anchor: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Figures of `model` (default: the config's) on a labelled file, each with its standard error.
+
+    The anchor is by default the one that a checkpoint of ours was trained with, else the model itself.
+    """
+    labelled = load_labelled(Path(problems), limit)
+    model = model or config.model.path
+    anchor = anchor or read_card(Path(model_folder(model))).get("anchor", model)
+    opened: dict[str, HFEngine] = {}
+
+    def engine(wanted: ModelConfig) -> HFEngine:
+        """Roles of one model share one engine."""
+        key = wanted.model_copy(update={"path": model_folder(wanted.path)}).model_dump_json()
+        return opened.get(key) or opened.setdefault(key, HFEngine.open(wanted))
+
+    try:
+        policy, frozen = (engine(config.model.model_copy(update={"path": path})) for path in (model, anchor))
+        engines = Engines(policy, frozen, engine(config.judge) if config.judge else frozen)
+        figures = await measure(labelled, engines, config, seed)
+    finally:
+        for one in opened.values():
+            await one.close()
+    page = f"# {model}\n\n{len(labelled)} problems of {problems}\n\n{figures_table(figures)}\n"
+    await publish(acreate_markdown_artifact(page, f"{artifact_key(model)}-evaluation", problems))
+    return figures

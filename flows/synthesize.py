@@ -1,0 +1,111 @@
+"""Compute as Teacher without training: the reference is the answer. One task per shard of a file."""
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+from prefect import flow, task
+from prefect.artifacts import acreate_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from cat_grpo.answers import extract_answer, same_answer
+from cat_grpo.config import Config
+from cat_grpo.data import load_problems
+from cat_grpo.engines import Engine
+from cat_grpo.engines.hf import HFEngine
+from cat_grpo.records import Group, Problem, Reference
+from cat_grpo.references import estimate_references
+from cat_grpo.report import table_rows
+from cat_grpo.rollouts import generate_rollouts
+from cat_grpo.rundir import seed_of
+from cat_grpo.tables import Row, write_table
+from flows.artifacts import artifact_key, publish
+
+log = logging.getLogger(__name__)
+
+COLUMNS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("prompt", pa.string()),  # a chat of several turns as JSON, which the loader of problems reads too
+        ("reference", pa.string()),
+        ("answer", pa.string()),
+        ("rollouts", pa.list_(pa.string())),
+        ("majority", pa.string()),
+        ("agrees", pa.bool_()),
+    ]
+)
+
+
+@flow(name="synthesize", flow_run_name="{out}")
+async def synthesize(config: Config, out: str) -> str:
+    """A row per problem of the config's data, written to `out` (.jsonl or .parquet), which is returned.
+
+    Policy and anchor are the config's model. ValueError for another suffix, before any work.
+    """
+    path = Path(out)
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"{out}: expected a name that ends in .jsonl or .parquet")
+    problems = load_problems(config.data)
+    engine = HFEngine.open(config.model)
+
+    @task(task_run_name="synthesize-{shard:05d}", cache_policy=NO_CACHE, persist_result=False)
+    async def synthesize_shard(shard: int) -> list[Row]:
+        size = config.train.shard_size
+        return await _rows(problems[shard * size : (shard + 1) * size], engine, config)
+
+    rows: list[Row] = []
+    try:
+        while len(rows) < len(problems):
+            rows += await synthesize_shard(len(rows) // config.train.shard_size)
+            done = (len(rows), len(problems))
+            log.info("%d of %d problems", *done, extra={"progress": done})
+    finally:
+        await engine.close()
+    await asyncio.to_thread(_write_whole, path, rows)
+    shown = table_rows([{name: row[name] for name in row if name not in ("id", "rollouts")} for row in rows])
+    about = f"{len(shown)} of {len(rows)} rows. In full: {out}"
+    await publish(acreate_table_artifact(shown, f"{artifact_key(path.name)}-references", about))
+    return out
+
+
+async def _rows(problems: Sequence[Problem], engine: Engine, config: Config) -> list[Row]:
+    seeds = [seed_of(config.train.seed, 0, "synthesize", problem.id) for problem in problems]
+    groups = await generate_rollouts(problems, engine, config.rollout, config.prompts, seeds)
+    references = await estimate_references(
+        groups, engine, config.reference, config.reward.equivalence, config.prompts, seeds
+    )
+    # Off the event loop: a comparison may ask another process.
+    return await asyncio.to_thread(
+        lambda: [_row(group, reference, config) for group, reference in zip(groups, references, strict=True)]
+    )
+
+
+def _row(group: Group, reference: Reference, config: Config) -> Row:
+    problem, is_open = group.problem, group.problem.kind == "open"
+    answer = None if is_open or reference.text is None else extract_answer(reference.text)
+    majority = None if is_open else reference.majority
+    same = same_answer(config.reward.equivalence)
+    return {
+        "id": problem.id,
+        "prompt": problem.question if len(problem.messages) == 1 else json.dumps(problem.messages),
+        "reference": reference.text,
+        "answer": answer,
+        "rollouts": [rollout.text for rollout in group.rollouts],
+        "majority": majority,
+        "agrees": None if answer is None or majority is None else same(answer, majority),
+    }
+
+
+def _write_whole(path: Path, rows: Sequence[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    if path.suffix == ".parquet":
+        write_table(rows, COLUMNS, temporary)
+    else:
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        temporary.write_text("".join(lines), encoding="utf-8")
+    os.replace(temporary, path)
