@@ -5,8 +5,10 @@ It can share the learner's live module, and then serves every update without a c
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,6 +30,8 @@ from cat_grpo.engines import Sampling
 from cat_grpo.grpo import token_logprobs
 from cat_grpo.records import Completion, Generation, LabelRead, Messages
 from cat_grpo.shipped import shipped
+
+HUB_ID = r"\w[\w.-]*(/\w[\w.-]*)?"
 
 T = TypeVar("T")
 
@@ -52,17 +56,36 @@ def load_model_and_tokenizer(
     config: ModelConfig, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in evaluation mode on its device, in `dtype` or the config's. ValueError when it has none."""
-    folder = model_folder(config.path)
-    try:
+    tokenizer = load_tokenizer(config.path)
+    with _bad_model(config.path):
+        model = AutoModelForCausalLM.from_pretrained(
+            model_folder(config.path), dtype=dtype or resolve_dtype(config)
+        )
+    return model.to(resolve_device(config)).eval(), tokenizer
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, able to pad. ValueError when there is none, or it knows no chats."""
+    folder = model_folder(path)
+    if not (Path(folder).is_dir() or re.fullmatch(HUB_ID, folder)):
+        raise ValueError(f"model {path!r}: no such folder")
+    with _bad_model(path):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or resolve_dtype(config))
-    except OSError as error:
-        raise ValueError(f"model {config.path!r}: {str(error).splitlines()[0]}") from error
     if tokenizer.chat_template is None:
-        raise ValueError(f"model {config.path!r}: its tokenizer has no chat template")
+        raise ValueError(f"model {path!r}: its tokenizer has no chat template")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to(resolve_device(config)).eval(), tokenizer
+    return tokenizer
+
+
+@contextmanager
+def _bad_model(path: str) -> Iterator[None]:
+    """What the library says of a folder or a name that it cannot read, as one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise ValueError(f"model {path!r}: {first_line}") from error
 
 
 class HFEngine:
