@@ -33,11 +33,15 @@ def main() -> None:
     try:
         app()
     except ValueError as error:
-        typer.echo(f"cat-grpo: {error}", err=True)
+        typer.echo(f"cat-grpo: {_first_line(error)}", err=True)
         raise SystemExit(2) from None
     except ArithmeticError as error:
         typer.echo(f"cat-grpo: stopped: {error}", err=True)
         raise SystemExit(1) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 @app.command()
@@ -72,6 +76,7 @@ def train(
     if dry_run:
         _print_plan(config)
         return
+    _check_training(config, run)
     with _progress("train"):
         from flows.train import train as train_flow
 
@@ -92,6 +97,7 @@ def synthesize(
     config = _config_for_model(
         model, preset, config_file, [f"data.path={json.dumps(problems)}", *(overrides or [])]
     )
+    _check_synthesis(config, out)
     with _progress("synthesize"):
         from flows.synthesize import synthesize as synthesize_flow
 
@@ -113,6 +119,7 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint on labelled problems: the only place where gold answers are read."""
     config = _config_for_model(model, preset, config_file, overrides or [])
+    _check_evaluation(config, problems, model, anchor)
     with _progress("evaluate", quiet=as_json):
         from flows.evaluate import evaluate as evaluate_flow
 
@@ -182,6 +189,47 @@ def _config_for_model(model: str, preset: str | None, file: Path | None, overrid
 
     card = read_card(Path(model_folder(model)))
     return load_config(preset, file, [f"model.path={json.dumps(model)}", *overrides], base=card.get("config"))
+
+
+# What a flow would refuse is refused before Prefect starts: one line, at once, and no traceback.
+
+
+def _check_training(config: Any, run: Path) -> None:
+    from cat_grpo.data import load_problems
+    from cat_grpo.rundir import refuse_other_settings
+
+    refuse_other_settings(run, config)
+    load_problems(config.data)
+    if config.train.validation:
+        from cat_grpo.evaluate import load_labelled
+
+        load_labelled(Path(config.train.validation))
+    _check_models(config, config.model.path)
+
+
+def _check_synthesis(config: Any, out: Path) -> None:
+    from cat_grpo.data import load_problems
+
+    if out.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"{out}: expected a name that ends in .jsonl or .parquet")
+    load_problems(config.data)
+    _check_models(config, config.model.path)
+
+
+def _check_evaluation(config: Any, problems: Path, model: str, anchor: str | None) -> None:
+    from cat_grpo.evaluate import load_labelled
+
+    load_labelled(problems)
+    _check_models(config, model, *([anchor] if anchor else []))
+
+
+def _check_models(config: Any, *paths: str) -> None:
+    from cat_grpo.engines.hf import load_tokenizer
+    from cat_grpo.prompts import set_folder
+
+    set_folder(config.prompts)
+    for path in (*paths, *([config.judge.path] if config.judge else [])):
+        load_tokenizer(path)
 
 
 def _print_plan(config: Any) -> None:

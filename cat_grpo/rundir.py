@@ -57,8 +57,7 @@ class RunDir:
 
         ValueError when the run there was started with settings that would make its steps mean another thing.
         """
-        if (path / "config.json").exists():
-            _refuse_other_settings(path, config)
+        refuse_other_settings(path, config)
         path.mkdir(parents=True, exist_ok=True)
         write_whole(path / "manifest.json", json.dumps(_manifest(config, problems), indent=2))
         write_whole(path / "config.json", config.model_dump_json(indent=2))
@@ -180,7 +179,12 @@ def _git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _refuse_other_settings(path: Path, config: Config) -> None:
+def refuse_other_settings(path: Path, config: Config) -> None:
+    """ValueError when `path` cannot be the directory of a run with these settings."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: is not a directory")
+    if not (path / "config.json").exists():
+        return
     there = json.loads((path / "config.json").read_text())
     asked = json.loads(config.model_dump_json())
     for tree in (there, asked):
