@@ -25,18 +25,7 @@ KEEP_RATE = 0.72
 STRAY_RATES = (0.45, 0.35, 0.15, 0.05)
 """How often it makes 0, 1, 2 or 3 points that nobody needs."""
 JUDGE_TURNS = 6
-OPENERS = (
-    "First",
-    "Also",
-    "Then",
-    "Next",
-    "Please",
-    "At home",
-    "Each day",
-    "If possible",
-    "For comfort",
-    "Remember",
-)
+OPENERS = ("First", "Also", "Then", "Please", "At home")
 
 Dialogue = list[tuple[str, str]]
 """(what the user says, what the model answers), turn by turn."""
@@ -145,7 +134,7 @@ def judge_xml(rng: random.Random, size: Size) -> Dialogue:
 
 
 JOBS: dict[Callable[[random.Random, Size], Dialogue], int] = {
-    solve_verifiable: 56,
+    solve_verifiable: 48,
     solve_open: 32,
     synthesize_verifiable: 16,
     synthesize_open: 10,
@@ -171,7 +160,8 @@ def _judgements(rng: random.Random, size: Size, template: str, answers: tuple[st
     for turn in range(JUDGE_TURNS):
         satisfied = rng.random() < 0.5
         # A near miss comes from the same complaints: the judge must read the point, not the topic.
-        missing = [point for point in (pool if rng.random() < 0.5 else lab.POINTS) if point not in points]
+        near = [point for point in pool if point not in points] if rng.random() < 0.5 else []
+        missing = near or [point for point in lab.POINTS if point not in points]
         criterion = f"The note says: {rng.choice(points if satisfied else missing)}."
         prompt = render(PROMPT_SET, template, rollout=text, criterion=criterion)
         # The note stands in the first turn: a later one asks the same of it again, from the criterion on.
