@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -172,7 +172,7 @@ def open_loop(config: Config, run_path: Path) -> Loop:
     anchor: Engine = HFEngine.open(config.model)
     judge = HFEngine.open(config.judge) if config.judge else anchor
     run = RunDir.open(run_path, config, problems)
-    learner = Learner(model, config.learner, config.rollout.temperature, tokenizer.pad_token_id)
+    learner = Learner(model, config.learner, config.rollout.temperature, cast(int, tokenizer.pad_token_id))
     checkpoints = Checkpoints(run.checkpoints)
     if checkpoints.latest_step():
         checkpoints.restore(learner)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -61,7 +61,8 @@ def load_model_and_tokenizer(
         model = AutoModelForCausalLM.from_pretrained(
             model_folder(config.path), dtype=dtype or resolve_dtype(config)
         )
-    return model.to(resolve_device(config)).eval(), tokenizer
+    torch.nn.Module.to(model, resolve_device(config))
+    return model.eval(), tokenizer
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -94,10 +95,11 @@ class HFEngine:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig
     ) -> None:
-        self._model = model
+        self._model: Any = model  # transformers' types do not tell that it can generate
         self._tokenizer = tokenizer
         self._config = config
         self._end_ids = _end_of_turn_ids(model, tokenizer)
+        self._specials = _special_tokens(tokenizer)
         # One thread for all calls: a pool would give each of its threads an OpenMP team of its own.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hf-engine")
 
@@ -167,7 +169,7 @@ class HFEngine:
         ends = [t for t, token in enumerate(token_ids) if token in self._end_ids]
         length = ends[0] + 1 if ends else len(token_ids)
         token_ids = token_ids[:length]
-        text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        text = str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
         return Completion(text, tuple(token_ids), tuple(logprobs[:length]), "stop" if ends else "length")
 
     @torch.inference_mode()
@@ -210,11 +212,11 @@ class HFEngine:
 
     def _encode(self, messages: Messages) -> list[int]:
         """Prompt ids. Special tokens in a message are text, not control, and are broken up first."""
-        specials = self._tokenizer.all_special_tokens
-        safe = [{**message, "content": _defuse(message["content"], specials)} for message in messages]
-        return self._tokenizer.apply_chat_template(
+        safe = [{**message, "content": _defuse(message["content"], self._specials)} for message in messages]
+        ids: Any = self._tokenizer.apply_chat_template(
             safe, add_generation_prompt=True, return_dict=False, **self._config.chat_template_kwargs
         )
+        return ids
 
     def _left_padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         longest = max(len(row) for row in rows)
@@ -287,6 +289,12 @@ def _defuse(text: str, specials: Sequence[str]) -> str:
     for special in specials:
         text = text.replace(special, f"{special[0]} {special[1:]}")
     return text
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """All that the tokenizer reads as control. Its named ones alone may lack the tokens that open a turn."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({*tokenizer.all_special_tokens, *added})
 
 
 def _end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from cat_grpo.records import Kind
 
 NUM_SUMS = 4
-OPERANDS = range(10, 60)
+OPERANDS = range(10, 40)
 CARE = {
     "cough": ("drink warm water", "use honey syrup"),
     "sore throat": ("gargle salt water", "rest the voice"),
