@@ -17,6 +17,7 @@ T = TypeVar("T")
 
 MAX_BYTES = 24_000
 """Of a table's or group's JSON: a dashboard may send all versions of a run's pages to the browser at once."""
+MAX_PNG_BYTES = 36_000
 MAX_ROWS = 50
 MAX_ROLLOUTS = 16
 WIDTHS = (1000, 500, 250, 120, 60, 30, 15, 0)
@@ -128,7 +129,7 @@ def summary_table(summary: Mapping[str, Any]) -> str:
 
 
 def curves_png(history: Sequence[Metrics]) -> bytes:
-    """The run so far as small multiples: each of PANELS that has something to show. Below 36 kB."""
+    """The run so far as small multiples: each of PANELS that has something to show."""
     from matplotlib.figure import Figure
 
     panels = {title: curves for title, names in PANELS.items() if (curves := _curves(history, names))}
@@ -177,12 +178,15 @@ def _draw(axes: Any, title: str, curves: Mapping[str, Mapping[int, float]]) -> N
 
 
 def _small_png(figure: Any) -> bytes:
-    """In 32 colours, which is enough for lines: a third of the bytes."""
+    """As sharp as fits. 32 colours are enough for lines: a third of the bytes."""
     from PIL import Image
 
-    drawn, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=100)
-    Image.open(drawn).convert("RGB").quantize(32).save(small, format="png", optimize=True)
+    for dpi in (100, 75, 50):
+        drawn, small = io.BytesIO(), io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=dpi)
+        Image.open(drawn).convert("RGB").quantize(32).save(small, format="png", optimize=True)
+        if small.tell() <= MAX_PNG_BYTES:
+            break
     return small.getvalue()
 
 
@@ -218,16 +222,17 @@ def _group_page(group: ScoredGroup, width: int) -> str:
         ["**reference**", _cell(group.reference.text or "none", width)],
         ["**majority**", _majority(group, width)],
     ]
+    shown = list(zip(group.group.rollouts, group.scores, strict=True))[:MAX_ROLLOUTS]
     rollouts = [
         [str(i), _cell(rollout.text, width), _reward(score)]
-        for i, (rollout, score) in enumerate(zip(group.group.rollouts, group.scores, strict=True), start=1)
+        for i, (rollout, score) in enumerate(shown, start=1)
     ]
-    num_more = len(rollouts) - MAX_ROLLOUTS
+    num_more = len(group.scores) - len(shown)
     blocks = [
         f"## One group: {_cell(group.group.problem.id, 60)}",
         _table(["", ""], [row for row in reference if row[1]]),
         _criteria(group, width),
-        _table(["", "rollout", "reward"], rollouts[:MAX_ROLLOUTS]),
+        _table(["", "rollout", "reward"], rollouts),
         f"and {num_more} more rollouts" if num_more > 0 else "",
     ]
     return "\n\n".join(block for block in blocks if block)
