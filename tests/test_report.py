@@ -1,0 +1,204 @@
+"""What a person reads of a run: whole, in bounds, and never rewritten by the texts that it shows."""
+
+import io
+import json
+import random
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from cat_grpo.records import (
+    Completion,
+    Group,
+    Problem,
+    Reference,
+    RolloutScore,
+    Rubric,
+    ScoredGroup,
+    Verdict,
+)
+from cat_grpo.report import (
+    MAX_BYTES,
+    MAX_PNG_BYTES,
+    MAX_ROLLOUTS,
+    MAX_ROWS,
+    PANELS,
+    curves_png,
+    figures_table,
+    group_markdown,
+    reference_rows,
+    step_markdown,
+    summary_table,
+    table_rows,
+    warnings,
+)
+
+HISTORY = [
+    {"step": 0.0, "reward/mean": 0.25, "consensus/majority_frac": 0.5, "policy/entropy": 2.0},
+    {"step": 1.0, "reward/mean": 0.75, "consensus/majority_frac": 0.625, "policy/entropy": 1.5},
+]
+
+
+def scored_group(
+    texts: tuple[str, ...] = (r"\boxed{4}", r"\boxed{5}"),
+    rewards: tuple[float | None, ...] = (1.0, 0.0),
+    answers: tuple[str | None, ...] = ("4", "5"),
+    reference: str | None = r"\boxed{4}",
+    majority: str | None = "4",
+    question: str = "2 + 2",
+    **others: Any,
+) -> ScoredGroup:
+    """A verifiable group: two rollouts, the first of them right."""
+    problem = Problem("sums-1", ({"role": "user", "content": question},), "verifiable")
+    rollouts = tuple(Completion(text, (1,), (-0.1,), "stop") for text in texts)
+    scores = tuple(RolloutScore(r, 0.0, a, ()) for r, a in zip(rewards, answers, strict=True))
+    return ScoredGroup(
+        Group(problem, (1, 2), rollouts),
+        Reference(problem.id, reference, "synthesis", "", 3, "stop", majority, 1),
+        others.get("rubric"),
+        others.get("scores", scores),
+    )
+
+
+def endless_group(text: str) -> ScoredGroup:
+    """Every text as long as one likes."""
+    n = 4 * MAX_ROLLOUTS
+    verdicts = (Verdict(True, None),) * (2 * MAX_ROWS)
+    return scored_group(
+        texts=(text,) * n,
+        rewards=(1.0,) * n,
+        answers=(text,) * n,
+        reference=text,
+        majority=text,
+        question=text,
+        rubric=Rubric((text,) * len(verdicts)),
+        scores=(RolloutScore(1.0, 0.0, text, verdicts),) * n,
+    )
+
+
+def test_a_page_has_every_figure_and_its_first_value():
+    page = step_markdown(HISTORY, [scored_group()], num_steps=10)
+    assert page.startswith("# Step 2 of 10\n")
+    assert "| mean | 0.75 | 0.5 | 0.25 |" in page  # reward: now, the mean of both, step 1
+    assert "| majority | 62.5% | 56.2% | 50.0% |" in page
+    assert "Reward **0.75** (step 1: 0.25)" in page
+
+
+def test_a_validation_has_its_standard_error():
+    now = HISTORY[1] | {"validation/pass@1": 0.5, "validation/pass@1_se": 0.125}
+    page = step_markdown([HISTORY[0], now], [scored_group()], num_steps=10)
+    assert "| pass@1 | 0.500 ± 0.125 | 0.5 |  |" in page
+
+
+def test_alarms_come_first():
+    page = step_markdown(HISTORY, [scored_group()], num_steps=10, alarm="nothing is left to reconcile")
+    assert page.index("nothing is left to reconcile") < page.index("Reward **0.75**")
+
+
+@pytest.mark.parametrize(
+    ("late", "words"),
+    [
+        ({"reward/dropped_frac": 0.06}, "6.0% of the rollouts have no reward"),
+        ({"rubric/abstained_frac": 0.2}, "20.0% of the verdicts are missing"),
+        ({"consensus/majority_frac": 0.96, "policy/entropy": 1.9}, "nearly all agree"),
+    ],
+)
+def test_warnings_by_hand(late: dict[str, float], words: str):
+    assert words in warnings([HISTORY[0], late])[0]
+    assert warnings(HISTORY) == []
+
+
+def test_a_checkpoint_below_the_best_is_a_warning_and_an_equal_one_is_not():
+    best, equal, worse = ({"selection/score": score} for score in (0.7, 0.7, 0.6))
+    assert warnings([best, equal]) == []
+    assert warnings([best, equal, worse]) == ["the last checkpoint scores 0.600, that of step 1 0.700"]
+
+
+def test_a_reference_stands_beside_its_rollouts():
+    page = group_markdown(scored_group())
+    assert r"| **reference** | \\boxed\{4\} |" in page
+    assert "| **majority** | 4 (1 of 2); the reference agrees |" in page
+    assert r"| 2 | \\boxed\{5\} | 0.00 |" in page
+
+
+@pytest.mark.parametrize(
+    ("rewards", "words"),
+    [((0.0, 1.0), "the reference **differs**"), ((0.0, 0.0), "the reference is in **no rollout**")],
+)
+def test_a_page_says_when_the_reference_is_not_the_majority(rewards: tuple[float, float], words: str):
+    assert words in group_markdown(scored_group(rewards=rewards))
+
+
+def test_a_rubric_is_counted_over_the_verdicts_that_were_read():
+    yes, no, lost = (Verdict(satisfied, None) for satisfied in (True, False, None))
+    scores = tuple(RolloutScore(1.0, 0.0, None, verdicts) for verdicts in ((yes, no), (lost, no)))
+    page = group_markdown(scored_group(rubric=Rubric(("is short", "is kind")), scores=scores))
+    assert "| is short | 1 of 1 |" in page
+    assert "| is kind | 0 of 2 |" in page
+
+
+def test_what_was_not_judged_is_not_a_zero():
+    group = scored_group(rewards=(None, None), reference=None)
+    assert group_markdown(group).count("not judged") == 2
+    assert reference_rows([group])[0]["mean reward"] == ""
+
+
+def test_rows_of_references():
+    assert reference_rows([scored_group()]) == [
+        {
+            "prompt": "2 + 2",
+            "reference": r"\boxed{4}",
+            "majority": "4",
+            "agrees": "yes",
+            "mean reward": 0.5,
+            "rollouts scored": "2 of 2",
+        }
+    ]
+
+
+@pytest.mark.parametrize("text", ["word " * 9_000, "\N{GRINNING FACE}" * 9_000, "\\|`" * 9_000, "\n" * 99])
+def test_no_text_is_too_long_for_a_page(text: str):
+    group = endless_group(text)
+    assert len(json.dumps(group_markdown(group))) <= MAX_BYTES
+    rows = reference_rows([group] * (3 * MAX_ROWS))
+    assert len(rows) == MAX_ROWS
+    assert len(json.dumps(rows)) <= MAX_BYTES
+
+
+def test_a_cut_cell_says_how_much_there_is():
+    row = table_rows([{"text": "x" * 2000}])[0]
+    assert row["text"].endswith("x … (2000 characters)")
+    assert table_rows([{"text": "x" * 1000}])[0]["text"] == "x" * 1000
+
+
+def test_a_text_cannot_end_its_cell():
+    hostile = "1 | 2\n\n# Title\n```\n<script>alert(1)</script> ![](http://example.org)"
+    plain, page = (group_markdown(scored_group(texts=(text, "5"))) for text in ("4", hostile))
+    assert len(page.splitlines()) == len(plain.splitlines())
+    assert r"1 \| 2 \# Title \`\`\` \<script\>alert\(1\)\</script\> \!\[\]\(http://example.org\)" in page
+
+
+def test_a_table_of_figures_gives_standard_errors():
+    figures = {"num_problems": 200.0, "pass@1": 0.25, "pass@1_se": 0.03125}
+    assert figures_table(figures).splitlines()[2:] == ["| pass@1 | 0.250 ± 0.031 |"]
+
+
+def test_a_summary_is_a_row_per_family_and_figure():
+    before, after = {"pass@1": 0.25, "pass@1_se": 0.01}, {"pass@1": 0.75, "pass@1_se": 0.02}
+    summary = {"seed": 0, "verifiable": {"before": before, "after": after, "seconds": 9.5}}
+    rows = summary_table(summary).splitlines()[2:]
+    assert rows == ["| verifiable | pass@1 | 0.250 ± 0.010 | 0.750 ± 0.020 |"]
+
+
+@pytest.mark.parametrize("num_steps", [1, 20, 1000])
+def test_curves_are_a_small_image(num_steps: int):
+    rng = random.Random(0)
+    names = [name for curves in PANELS.values() for name in curves.values()]
+    png = curves_png([{name: rng.gauss(0, 1) for name in names} for _ in range(num_steps)])
+    assert Image.open(io.BytesIO(png)).format == "PNG"
+    assert len(png) <= MAX_PNG_BYTES
+
+
+def test_curves_of_nothing_are_an_image_too():
+    assert curves_png([{"step": 0.0}])
