@@ -69,10 +69,13 @@ def test_what_cannot_be_compared_has_no_advantage(group: list[float], scale):
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("group_size", [2, 3, 5, 7, 8, 16, 63])
 @pytest.mark.parametrize("reward", [0.0, 1.0, 5 / 7, 7 / 9, 0.1, -0.3])
-def test_equal_rewards_carry_no_signal_at_all(reward: float, group_size: int, scale):
-    # In float32 (3 * fl(7/9)) / 3 is not fl(7/9): the rounding must not be divided by itself.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rewards_carry_no_signal_at_all(reward: float, group_size: int, scale, dtype: torch.dtype):
+    # The sum of three times fl(7/9), over three, need not be fl(7/9): rounding must not become signal.
     # The second group has signal, so that the std of the batch is not 0.
     rewards = torch.stack([torch.full((group_size,), reward), torch.arange(group_size) / group_size])
+    rewards = rewards.to(dtype)
+    rewards[0] = torch.tensor(reward, dtype=dtype)  # at full precision
     advantages = group_advantages(rewards, scale)
     assert advantages[0].tolist() == [0.0] * group_size
     assert advantages[1].abs().max() > 0.1

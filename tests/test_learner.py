@@ -1,0 +1,303 @@
+"""The learner against an implementation that has no padding, no batches and no cleverness."""
+
+import copy
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cat_grpo.batches import Batch, TrainingRow
+from cat_grpo.config import LearnerConfig
+from cat_grpo.learner import Learner, NotFiniteError, set_aside
+
+VOCAB, PAD, TEMPERATURE = 23, 0, 0.7
+NO_CLIP = 1e9
+"""A gradient norm that is never reached."""
+
+
+def tiny_model() -> LlamaForCausalLM:
+    """Random weights, wide enough that predictions differ clearly from uniform ones."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        pad_token_id=PAD,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def learner_of(model: LlamaForCausalLM, **settings) -> Learner:
+    settings = {"learning_rate": 1e-3, "max_grad_norm": NO_CLIP, **settings}
+    return Learner(model, LearnerConfig(**settings), TEMPERATURE, PAD)
+
+
+def logprobs_of(model: LlamaForCausalLM, row: TrainingRow) -> Tensor:
+    """log pi of the row's completion by one forward pass over the row alone, by log_softmax."""
+    ids = torch.tensor([row.prompt_token_ids + row.token_ids])
+    start, end = len(row.prompt_token_ids), ids.shape[1]
+    logits = model(ids, use_cache=False).logits[0, start - 1 : end - 1] / TEMPERATURE
+    return logits.log_softmax(-1)[torch.arange(end - start), ids[0, start:]]
+
+
+def batch_of(model: LlamaForCausalLM, advantages: Sequence[float], seed: int = 0) -> Batch:
+    """A row of random tokens and lengths per advantage, with the model's own logprobs."""
+    rng = random.Random(seed)
+    rows = []
+    for advantage in advantages:
+        prompt = tuple(rng.choices(range(1, VOCAB), k=rng.randint(1, 9)))
+        completion = tuple(rng.choices(range(1, VOCAB), k=rng.randint(1, 7)))
+        row = TrainingRow(prompt, completion, (0.0,) * len(completion), advantage)
+        with torch.no_grad():
+            rows.append(replace(row, logprobs=tuple(logprobs_of(model, row).tolist())))
+    return Batch(tuple(rows))
+
+
+def off_policy(batch: Batch) -> Batch:
+    """The same rows, their sampler half a nat off in every token."""
+    return Batch(tuple(replace(r, logprobs=tuple(p + 0.5 for p in r.logprobs)) for r in batch.rows))
+
+
+@pytest.fixture
+def gradients() -> Iterator[list[list[Tensor]]]:
+    """The gradients that optimizers were given while the test ran, one list of tensors per update."""
+    seen: list[list[Tensor]] = []
+
+    def keep(optimizer: torch.optim.Optimizer, *_) -> None:
+        seen.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+
+    handle = register_optimizer_step_pre_hook(keep)
+    yield seen
+    handle.remove()
+
+
+def weights_of(model: LlamaForCausalLM) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_bits(model: LlamaForCausalLM, weights: dict[str, Tensor]) -> None:
+    for name, tensor in model.state_dict().items():
+        assert_close(tensor, weights[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+ADVANTAGES = (1.5, -0.5, 0.0, -0.5, -0.5, 0.7, 0.0, -0.7, 0.3)
+
+
+def test_the_gradient_is_that_of_a_plain_loop(gradients):
+    """On policy nothing is clipped: the sum over rows of -A / (rows * tokens) * d log pi, row by row."""
+    model = tiny_model()
+    plain = copy.deepcopy(model)
+    batch = batch_of(model, ADVANTAGES)
+    for row in batch.rows:
+        (-row.advantage * logprobs_of(plain, row).mean() / len(batch.rows)).backward()
+    learner_of(model, micro_batch_tokens=64).update(batch)
+    assert len(gradients) == 1
+    expected = [p.grad for p in plain.parameters()]
+    assert_close(gradients[0], expected, atol=1e-6, rtol=0)
+    assert max(g.abs().max().item() for g in gradients[0]) > 1e-2  # so 1e-6 is four digits at least
+
+
+def test_the_gradient_does_not_depend_on_the_micro_batches(gradients):
+    for micro_batch_tokens in (64, 100, 16384):
+        model = tiny_model()
+        learner_of(model, micro_batch_tokens=micro_batch_tokens).update(batch_of(model, ADVANTAGES))
+    for other in gradients[1:]:
+        assert_close(other, gradients[0], atol=1e-6, rtol=0)
+
+
+def test_rows_without_signal_count_in_the_mean_and_nowhere_else(gradients):
+    model = tiny_model()
+    batch = batch_of(model, [1.0, -1.0])
+    learner_of(copy.deepcopy(model)).update(batch)
+    idle = batch_of(model, [0.0, 0.0], seed=1).rows
+    learner_of(copy.deepcopy(model)).update(Batch((*idle, *batch.rows)))
+    assert_close(gradients[1], [gradient / 2 for gradient in gradients[0]], atol=1e-7, rtol=1e-4)
+
+
+def test_one_update_raises_what_was_good_and_lowers_what_was_bad():
+    model = tiny_model()
+    batch = batch_of(model, [1.0, -1.0, 1.0, -1.0])
+    before = [logprobs_of(model, row).sum().item() for row in batch.rows]
+    learner_of(model, learning_rate=1e-4).update(batch)
+    after = [logprobs_of(model, row).sum().item() for row in batch.rows]
+    assert [b > a for a, b in zip(before, after, strict=True)] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("advantages", [[0.0, 0.0, 0.0], []])
+def test_without_signal_nothing_moves_at_all(advantages: list[float]):
+    model = tiny_model()
+    learner = learner_of(model, weight_decay=0.1)
+    learner.update(batch_of(model, [1.0, -1.0]))  # AdamW has momentum from now on
+    weights, state = weights_of(model), copy.deepcopy(learner.optimizer_state())
+    metrics = learner.update(batch_of(model, advantages))
+    assert metrics == {"rows": len(advantages), "rows_with_signal": 0.0}
+    assert_same_bits(model, weights)
+    assert_close(learner.optimizer_state()["state"], state["state"], rtol=0, atol=0)
+
+
+def test_a_second_update_is_clipped_against_the_policy_before_the_first(gradients):
+    """The same two updates by hand: the ratio of the second is to the logprobs before the first."""
+    model = tiny_model()
+    plain, batch = copy.deepcopy(model), off_policy(batch_of(model, [1.5, -0.5, 0.7, -0.7] * 5))
+    low, high, learning_rate = 0.1, 0.3, 3e-3
+    settings = {"clip_low": low, "clip_high": high, "learning_rate": learning_rate}
+    metrics = learner_of(model, updates_per_step=2, micro_batch_tokens=64, **settings).update(batch)
+
+    old = [logprobs_of(plain, row).detach() for row in batch.rows]
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=learning_rate, weight_decay=0.0)
+    clipped, losses, num_tokens = 0, [], sum(len(row.token_ids) for row in batch.rows)
+    for _ in range(2):
+        losses.append(0.0)
+        for row, before in zip(batch.rows, old, strict=True):
+            surrogates = []
+            for ratio in (logprobs_of(plain, row) - before).exp():
+                gain, limited = ratio * row.advantage, ratio.clamp(1 - low, 1 + high) * row.advantage
+                clipped += bool(limited < gain)
+                surrogates.append(limited if limited < gain else gain)
+            loss = -sum(surrogates, torch.zeros(())) / len(surrogates) / len(batch.rows)
+            loss.backward()
+            losses[-1] += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    ours, by_hand = gradients[:2], gradients[2:]
+    assert_close(ours[0], by_hand[0], atol=1e-6, rtol=0)
+    assert_close(ours[1], by_hand[1], atol=1e-5, rtol=0)  # AdamW has made more of the first one's rounding
+    assert clipped > 0.1 * num_tokens
+    assert metrics["clip_frac"] == pytest.approx(clipped / 2 / num_tokens)
+    assert metrics["loss"] == pytest.approx(sum(losses) / 2, abs=1e-6)
+    assert losses[1] < -0.01  # the second update sees what the first has gained
+
+
+def test_with_one_update_the_policy_is_its_own_past():
+    model = tiny_model()
+    batch = off_policy(batch_of(model, [1.0, -1.0]))
+    metrics = learner_of(model).update(batch)  # the sampler's logprobs are compared and not trained on
+    assert metrics["clip_frac"] == 0.0
+    assert metrics["loss"] == pytest.approx(0.0, abs=1e-7)  # -(1 - 1) / 2
+
+
+POISON = TrainingRow((1,), (2,), (0.0,), math.nan)
+"""Short enough to come last: in a micro-batch after good ones."""
+
+
+@pytest.mark.parametrize(
+    ("advantage", "breaks_gradient", "message"),
+    [
+        (math.nan, False, "the loss is nan"),
+        (math.inf, False, "the loss is (nan|-?inf)"),
+        (3e38, False, "the gradient's norm is inf"),  # the loss fits into float32, the norm's squares do not
+        (1.0, True, "the gradient's norm is nan"),
+    ],
+)
+def test_what_is_not_finite_stops_before_the_step_and_leaves_no_trace(advantage, breaks_gradient, message):
+    model = tiny_model()
+    batch = batch_of(model, ADVANTAGES)
+    learner = learner_of(model, micro_batch_tokens=64)
+    learner.update(batch)
+    undisturbed = copy.deepcopy(model)
+    other = learner_of(undisturbed, micro_batch_tokens=64)
+    other.load_optimizer_state(copy.deepcopy(learner.optimizer_state()))
+    weights, state = weights_of(model), copy.deepcopy(learner.optimizer_state())
+
+    hook = model.lm_head.weight.register_hook(lambda grad: grad * math.nan if breaks_gradient else grad)
+    with pytest.raises(NotFiniteError, match=message):
+        learner.update(Batch((*batch.rows, replace(POISON, advantage=advantage))))
+    hook.remove()
+    assert_same_bits(model, weights)
+    assert_close(learner.optimizer_state()["state"], state["state"], rtol=0, atol=0)
+
+    # Nor is a part of its gradient left for the next update.
+    assert learner.update(batch) == other.update(batch)
+    assert_same_bits(model, weights_of(undisturbed))
+
+
+def test_a_broken_weight_stops_the_update():
+    model = tiny_model()
+    batch, learner = batch_of(model, [1.0, -1.0]), learner_of(model)
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = math.nan
+    weights = weights_of(model)
+    with pytest.raises(NotFiniteError, match="the loss is nan"):
+        learner.update(batch)
+    assert_same_bits(model, weights)
+    assert learner.optimizer_state()["state"] == {}
+
+
+def test_the_gradient_is_scaled_down_to_the_norm_and_never_up(gradients):
+    model = tiny_model()
+    batch = batch_of(model, ADVANTAGES)
+    norms = [
+        learner_of(copy.deepcopy(model), max_grad_norm=max_norm).update(batch)["grad_norm"]
+        for max_norm in (NO_CLIP, 0.01)
+    ]
+
+    def norm(gradient: list[Tensor]) -> float:
+        return math.sqrt(sum(part.double().square().sum().item() for part in gradient))
+
+    assert norms == pytest.approx([norm(gradients[0])] * 2)  # as it was before the clip
+    assert norm(gradients[1]) == pytest.approx(0.01, rel=1e-3)
+    shrunk = [part * (0.01 / norm(gradients[0])) for part in gradients[0]]
+    assert_close(gradients[1], shrunk, atol=1e-7, rtol=1e-3)
+
+
+def test_metrics_have_these_names_and_no_others():
+    model = tiny_model()
+    batch = batch_of(model, [1.0, -1.0, 0.0])
+    metrics = learner_of(model).update(batch)
+    names = {"loss", "grad_norm", "tokens", "entropy", "clip_frac", "sampler_gap"}
+    assert set(metrics) == {"rows", "rows_with_signal", *names}
+    assert all(type(value) is float for value in metrics.values())
+    assert (metrics["rows"], metrics["rows_with_signal"]) == (3, 2)
+    assert metrics["tokens"] == sum(len(row.token_ids) for row in batch.with_signal)
+
+
+def test_entropy_is_the_mean_over_the_trained_tokens():
+    model = tiny_model()
+    batch = batch_of(model, [1.0, -1.0, 0.5, -0.5])
+    entropies = []
+    for row in batch.rows:
+        ids = torch.tensor([row.prompt_token_ids + row.token_ids])
+        logits = model(ids, use_cache=False).logits[0, len(row.prompt_token_ids) - 1 : -1] / TEMPERATURE
+        entropies += torch.distributions.Categorical(logits=logits).entropy().tolist()
+    metrics = learner_of(model, micro_batch_tokens=64).update(batch)
+    assert metrics["entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-5)
+
+
+def test_the_sampler_gap_is_how_far_the_engine_is_from_the_learner():
+    model = tiny_model()
+    batch = batch_of(model, [1.0, -1.0])
+    both = (batch, off_policy(batch))
+    gaps = [learner_of(copy.deepcopy(model)).update(b)["sampler_gap"] for b in both]
+    assert gaps == pytest.approx([0.0, 0.5], abs=1e-5)
+
+
+def test_the_optimizers_state_goes_from_one_learner_to_another():
+    model = tiny_model()
+    first = learner_of(model)
+    batch = batch_of(model, [1.0, -1.0])
+    first.update(batch)
+    second_model = copy.deepcopy(model)
+    second = learner_of(second_model)
+    second.load_optimizer_state(copy.deepcopy(first.optimizer_state()))
+    first.update(batch)
+    second.update(batch)
+    assert_same_bits(second_model, weights_of(model))
+
+
+def test_a_batch_set_aside_is_plain_values():
+    row = TrainingRow((1, 2), (3,), (-0.5,), 1.5)
+    fields = {"prompt_token_ids": (1, 2), "token_ids": (3,), "logprobs": (-0.5,), "advantage": 1.5}
+    assert set_aside([row]) == {"rows": [fields]}
