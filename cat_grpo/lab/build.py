@@ -4,6 +4,7 @@ Every step's data are a function of (seed, step, job), so a build that was stopp
 checkpoint as if it had not been.
 """
 
+import json
 import logging
 import math
 import os
@@ -15,8 +16,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from cat_grpo.checkpoints import CARD
 from cat_grpo.lab import corpus, problems
 from cat_grpo.lab.tokenizer import END, PAD, train_tokenizer
+from cat_grpo.prompts import prompt_hashes
+from cat_grpo.rundir import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +32,13 @@ WEIGHTS = {"judge_label": 4.0, "judge_xml": 2.0}
 PROMPT_WEIGHT = 0.2
 """Of the prompts' own tokens while texts are short: rollouts that repeat each other teach copying."""
 SAVE_EVERY = 100
+HOW_ASKED = {
+    "prompts": corpus.PROMPT_SET,
+    "rollout": {"max_tokens": 64},
+    "reference": {"max_tokens": 64},
+    "reward": {"equivalence": "string", "min_criteria": 2, "rubric_max_tokens": 96},
+}
+"""The settings that the model was made for; its card carries them."""
 VOCAB_SIZE = 1600
 """An upper bound: training ends earlier, once every piece of the corpus is one token."""
 TRAIN_PROBLEMS = 1024
@@ -42,6 +53,13 @@ def build_lab(out: Path, seed: int = 0, steps: int = STEPS) -> Path:
     model = train_base(tokenizer, seed, steps, out / "building.pt")
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
+    card = {
+        "prompt_hashes": prompt_hashes(corpus.PROMPT_SET),
+        "config": HOW_ASKED,
+        "seed": seed,
+        "step": steps,
+    }
+    write_whole(out / "model" / CARD, json.dumps(card, indent=2))
     (out / "building.pt").unlink()
     return out / "model"
 
