@@ -18,12 +18,18 @@ class NotFiniteError(ArithmeticError):
 
 
 class Learner:
-    """Float32 weights and AdamW; bfloat16 compute where the model's device is a GPU."""
+    """Float32 weights and AdamW, whatever the dtype that the model computes in."""
 
     def __init__(
-        self, model: PreTrainedModel, config: LearnerConfig, temperature: float, pad_token_id: int
+        self,
+        model: PreTrainedModel,
+        config: LearnerConfig,
+        temperature: float,
+        pad_token_id: int,
+        compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model = model
+        self._compute_dtype = compute_dtype
         self._config = config
         self._temperature = temperature
         self._pad_token_id = pad_token_id
@@ -108,7 +114,8 @@ class Learner:
         device = self.model.device
         input_ids, attention_mask = chunk.input_ids.to(device), chunk.attention_mask.to(device)
         length = chunk.loss_mask.shape[1]
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+        is_lower = self._compute_dtype != torch.float32
+        with torch.autocast(device.type, self._compute_dtype, enabled=is_lower):
             logits = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,

@@ -19,7 +19,7 @@ from cat_grpo.checkpoints import Checkpoints
 from cat_grpo.config import Config
 from cat_grpo.data import load_problems
 from cat_grpo.engines import Engine, Engines
-from cat_grpo.engines.hf import HFEngine, load_model_and_tokenizer
+from cat_grpo.engines.hf import HFEngine, load_model_and_tokenizer, resolve_dtype
 from cat_grpo.evaluate import LabelledProblem, evaluate, load_labelled
 from cat_grpo.learner import Learner, NotFiniteError, set_aside
 from cat_grpo.metrics import Metrics, mean, step_metrics
@@ -172,7 +172,13 @@ def open_loop(config: Config, run_path: Path) -> Loop:
     anchor: Engine = HFEngine.open(config.model)
     judge = HFEngine.open(config.judge) if config.judge else anchor
     run = RunDir.open(run_path, config, problems)
-    learner = Learner(model, config.learner, config.rollout.temperature, cast(int, tokenizer.pad_token_id))
+    learner = Learner(
+        model,
+        config.learner,
+        config.rollout.temperature,
+        cast(int, tokenizer.pad_token_id),
+        resolve_dtype(config.model),
+    )
     checkpoints = Checkpoints(run.checkpoints)
     if checkpoints.latest_step():
         checkpoints.restore(learner)

@@ -125,13 +125,19 @@ class HFEngine:
         self._thread.shutdown()
 
     async def _run(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._without_gradients, work)
+
+    def _without_gradients(self, work: Callable[[], T]) -> T:
+        """The learner's float32 weights, too, are computed with in the engine's own dtype."""
+        dtype = resolve_dtype(self._config)
+        is_lower = dtype != torch.float32
+        with torch.inference_mode(), torch.autocast(self._model.device.type, dtype, enabled=is_lower):
+            return work()
 
     def _load_weights(self, checkpoint: Path) -> None:
         loaded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=self._model.dtype)
         self._model.load_state_dict(loaded.state_dict())
 
-    @torch.inference_mode()
     def _generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[Generation]:
         ids = [self._encode(messages) for messages in prompts]
         seeds = sampling.seeds or [int(torch.randint(2**62, ())) for _ in prompts]
@@ -172,7 +178,6 @@ class HFEngine:
         text = str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
         return Completion(text, tuple(token_ids), tuple(logprobs[:length]), "stop" if ends else "length")
 
-    @torch.inference_mode()
     def _read_labels(self, prompts: Sequence[Messages], labels: Sequence[str]) -> list[LabelRead]:
         label_ids = _label_token_ids(self._tokenizer, labels)
         ids = [self._encode(messages) for messages in prompts]
@@ -185,7 +190,6 @@ class HFEngine:
             reads.update(zip(batch, (LabelRead(tuple(row)) for row in per_label), strict=True))
         return [reads[i] for i in range(len(prompts))]
 
-    @torch.inference_mode()
     def _score(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
     ) -> list[tuple[float, ...]]:
