@@ -212,7 +212,7 @@ def _reference_row(group: ScoredGroup) -> dict[str, Any]:
         "majority": group.reference.majority,
         "agrees": agrees_with_majority(group),
         "mean reward": round(mean(rewards), 3) if rewards else None,
-        "rollouts scored": f"{len(rewards)} of {len(group.scores)}",
+        "scored": f"{len(rewards)} of {len(group.scores)}",
     }
 
 

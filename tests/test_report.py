@@ -152,7 +152,7 @@ def test_rows_of_references():
             "majority": "4",
             "agrees": "yes",
             "mean reward": 0.5,
-            "rollouts scored": "2 of 2",
+            "scored": "2 of 2",
         }
     ]
 
