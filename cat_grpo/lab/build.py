@@ -24,10 +24,12 @@ from cat_grpo.rundir import write_whole
 
 log = logging.getLogger(__name__)
 
-STEPS = 1200
+STEPS = 1500
+SECOND_PHASE = 0.6
+"""The share of the steps after which quoting joins in, on a second, lower wave of the learning rate."""
 PEAK_LR = 3e-3
 WARM_UP = 50
-WEIGHTS = {"judge_label": 4.0, "judge_xml": 2.0}
+WEIGHTS = {"judge_label": 4.0, "judge_xml": 2.0, "quote": 2.0}
 """Of a job's loss, where it is not 1: a verdict is one token among many, and left alone it comes late."""
 PROMPT_WEIGHT = 0.2
 """Of the prompts' own tokens while texts are short: rollouts that repeat each other teach copying."""
@@ -110,7 +112,7 @@ def train_base(
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps)
         losses = {}
         reach = reach_at(step, steps)
-        for job, batch in job_batches(tokenizer, seed, step, reach):
+        for job, batch in job_batches(tokenizer, seed, step, reach, quoting=step >= SECOND_PHASE * steps):
             completion_loss, prompt_loss = token_losses(model, *batch)
             loss = WEIGHTS.get(job, 1.0) * completion_loss
             (loss + (PROMPT_WEIGHT * prompt_loss if reach < 1.0 else 0.0)).backward()
@@ -127,15 +129,21 @@ def train_base(
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine down to a twentieth of the peak."""
-    progress = max(0, step - WARM_UP) / max(1, steps - WARM_UP)
-    cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
-    return PEAK_LR * min((step + 1) / WARM_UP, cosine)
+    """A linear warm-up and most of a cosine; then half of the peak and a whole one."""
+    second = round(SECOND_PHASE * steps)
+    if step < second:
+        return PEAK_LR * min((step + 1) / WARM_UP, _cosine(max(0, step - WARM_UP), 0.8 * steps - WARM_UP))
+    return 0.5 * PEAK_LR * _cosine(step - second, steps - second)
+
+
+def _cosine(step: int, steps: float) -> float:
+    """From 1 down to a twentieth."""
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / max(1.0, steps)))
 
 
 def reach_at(step: int, steps: int) -> float:
-    """How long the texts may be: a fifth at first, all from half of the training on."""
-    return min(1.0, 0.2 + 0.8 * step / (0.5 * steps))
+    """How long the texts may be: a fifth at first, all from two fifths of the training on."""
+    return min(1.0, 0.2 + 0.8 * step / (0.4 * steps))
 
 
 def token_losses(model: LlamaForCausalLM, input_ids: Tensor, is_completion: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,10 +164,12 @@ def _cross_entropy(model: LlamaForCausalLM, hidden: Tensor, targets: Tensor, cho
 
 
 def job_batches(
-    tokenizer: PreTrainedTokenizerFast, seed: int, step: int, reach: float
+    tokenizer: PreTrainedTokenizerFast, seed: int, step: int, reach: float, quoting: bool
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     """The rows of one step, a batch per job: ids and which of them are completion, both (B, T)."""
     for job in corpus.JOBS:
+        if job is corpus.quote and not quoting:
+            continue
         rng = random.Random(f"{seed} {step} {job.__name__}")
         size = corpus.draw_size(rng, reach)
         yield job.__name__, padded([job(rng, size) for _ in range(corpus.num_rows(job, size))], tokenizer)
@@ -202,8 +212,9 @@ def _tokenizer_texts(seed: int) -> Iterator[str]:
     rng = random.Random(f"{seed} tokenizer")
     for _ in range(1500):
         for job in corpus.JOBS:
-            for turn in job(rng, corpus.draw_size(rng, reach=1.0)):
-                yield from turn
+            if job is not corpus.quote:
+                for turn in job(rng, corpus.draw_size(rng, reach=1.0)):
+                    yield from turn
 
 
 def _save_whole(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -133,6 +133,14 @@ def judge_xml(rng: random.Random, size: Size) -> Dialogue:
     return _judgements(rng, size, "judge_xml", ("<verdict>yes</verdict>", "<verdict>no</verdict>"))
 
 
+def quote(rng: random.Random, size: Size) -> Dialogue:
+    """The sentence that makes a point, or `no`. Not a job of a run: it teaches to find, as a judge must."""
+    points, text, asked = _asked_points(rng, size)
+    sentences = dict(zip(points, (f"{sentence}." for sentence in text.rstrip(".").split(". ")), strict=True))
+    turns = [turn.replace("Answer yes or no.", "Quote.") for turn in _turns("judge_label", text, asked)]
+    return [(turn, sentences.get(point, "no")) for turn, point in zip(turns, asked, strict=True)]
+
+
 JOBS: dict[Callable[[random.Random, Size], Dialogue], int] = {
     solve_verifiable: 48,
     solve_open: 32,
@@ -141,6 +149,7 @@ JOBS: dict[Callable[[random.Random, Size], Dialogue], int] = {
     propose_rubric: 10,
     judge_label: 16,
     judge_xml: 4,
+    quote: 16,
 }
 """Rows of each job in one training step, at groups of eight."""
 
@@ -152,21 +161,32 @@ def num_rows(job: Callable[[random.Random, Size], Dialogue], size: Size) -> int:
 
 
 def _judgements(rng: random.Random, size: Size, template: str, answers: tuple[str, str]) -> Dialogue:
+    points, text, asked = _asked_points(rng, size)
+    turns = _turns(template, text, asked)
+    return [(turn, answers[point not in points]) for turn, point in zip(turns, asked, strict=True)]
+
+
+def _asked_points(rng: random.Random, size: Size) -> tuple[list[str], str, list[str]]:
+    """The points of a note, its text, and points to ask it for: half of them are in it."""
     complaints = rng.sample(list(lab.CARE), 4)
     pool = list(dict.fromkeys(lab.needed_points(complaints) + rng.sample(lab.POINTS, 4)))
     points = rng.sample(pool, rng.randint(1, min(size.points, 8)))
     text = note(points, rng)
-    turns = []
-    for turn in range(JUDGE_TURNS):
+    asked = []
+    for _ in range(JUDGE_TURNS):
         satisfied = rng.random() < 0.5
         # A near miss comes from the same complaints: the judge must read the point, not the topic.
-        near = [point for point in pool if point not in points] if rng.random() < 0.5 else []
-        missing = near or [point for point in lab.POINTS if point not in points]
-        criterion = f"The note says: {rng.choice(points if satisfied else missing)}."
-        prompt = render(PROMPT_SET, template, rollout=text, criterion=criterion)
-        # The note stands in the first turn: a later one asks the same of it again, from the criterion on.
-        turns.append((prompt if turn == 0 else prompt[prompt.index("<criterion>") :], answers[not satisfied]))
-    return turns
+        missing = [point for point in (pool if rng.random() < 0.5 else lab.POINTS) if point not in points]
+        asked.append(rng.choice(points if satisfied else missing))
+    return points, text, asked
+
+
+def _turns(template: str, text: str, points: Sequence[str]) -> list[str]:
+    """A prompt per point. The note stands in the first; a later one asks the same of it again."""
+    prompts = [
+        render(PROMPT_SET, template, rollout=text, criterion=f"The note says: {point}.") for point in points
+    ]
+    return [prompts[0], *(prompt[prompt.index("<criterion>") :] for prompt in prompts[1:])]
 
 
 def _mode(values: Sequence[int], rng: random.Random) -> int:
