@@ -145,7 +145,7 @@ async def test_a_problem_keeps_its_seed_whatever_stands_beside_it():
         ("Rest well.", 2 * 1 * (1 / 2) / (1 + 1 / 2)),  # precision 1, recall 1/2
         ("Rest well. Run.", 1 / 2),  # 1/2 and 1/2
         ("Rest well. Drink water. Run.", 2 * (2 / 3) / (2 / 3 + 1)),
-        ("Rest well. Rest well. Drink water.", 2 * (2 / 3) / (2 / 3 + 1)),  # said twice
+        ("Drink water. Rest well. Rest well.", 2 * (2 / 3) / (2 / 3 + 1)),  # said twice
         ("Rest well and drink water.", 1.0),  # precision is never over 1
         ("Rest well. Drink water. Run. Jump.", 2 * (1 / 2) / (1 / 2 + 1)),
         ("Rest\nwell.", 0.0),  # a line is a sentence

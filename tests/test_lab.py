@@ -64,22 +64,22 @@ def test_training_and_held_out_never_meet_whatever_the_seed(kind):
     assert len(training) > 400
     assert len(held_out) > 150
     assert not training & held_out
+    assert not any(map(is_held_out, training))
+    assert all(map(is_held_out, held_out))
 
 
 @pytest.mark.parametrize("job", [corpus.solve_verifiable, corpus.solve_open])
 def test_the_base_model_is_not_shown_a_held_out_question(job):
-    kind = job.__name__.removeprefix("solve_")
-    held_out = {content(prompt) for seed in range(4) for prompt in prompts_of(kind, seed, True)}
-    shown = {content(question_of(prompt)) for ((prompt, _),) in draws(job, 1000)}
-    assert len(shown) > 400
-    assert not shown & held_out
-    if kind == "open":  # all that there are: 816 sets of complaints, a quarter of them held out
-        assert shown == {s for s in map(frozenset, combinations(problems.CARE, 3)) if not held(s)} & shown
-        assert not any(held(s) for s in shown)
+    shown = {content(question_of(prompt)) for ((prompt, _),) in draws(job, 500)}
+    assert len(shown) > 300
+    assert not any(map(is_held_out, shown))
 
 
-def held(complaints: frozenset[str]) -> bool:
-    return problems.is_held_out(sorted(complaints))
+def is_held_out(asked: Content) -> bool:
+    """The side of what is asked; the order of complaints does not count, the order of sums does."""
+    if isinstance(asked, frozenset):
+        return problems.is_held_out(sorted(asked))
+    return problems.is_held_out(tuple(tuple(map(int, pair.split(" + "))) for pair in asked))
 
 
 def question_of(prompt: str) -> str:
@@ -87,7 +87,7 @@ def question_of(prompt: str) -> str:
 
 
 def test_about_a_quarter_is_held_out():
-    share = sum(held(frozenset(s)) for s in combinations(problems.CARE, 3)) / 816
+    share = sum(is_held_out(frozenset(s)) for s in combinations(problems.CARE, 3)) / 816
     assert 0.2 < share < 0.3
 
 
