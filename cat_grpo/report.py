@@ -32,7 +32,7 @@ HEADLINE = {
 }
 PANELS = {
     "Reward": {"reward": "reward/mean", "after penalties and KL": "reward/total_mean"},
-    "Majority's share of the rollouts": {"majority": "consensus/majority_frac"},
+    "Majority's share": {"majority": "consensus/majority_frac"},
     "Reference differs": {
         "from the majority": "reference/differs_from_majority_frac",
         "from every rollout": "reference/differs_from_all_frac",
@@ -134,9 +134,9 @@ def curves_png(history: Sequence[Metrics]) -> bytes:
 
     panels = {title: curves for title, names in PANELS.items() if (curves := _curves(history, names))}
     num_rows = max(1, -(-len(panels) // NUM_COLUMNS))
-    height = 2.4 * num_rows
-    figure = Figure(figsize=(9.6, height))
-    figure.subplots_adjust(0.05, 0.28 / height, 0.985, 1 - 0.32 / height, wspace=0.2, hspace=0.36)
+    height = 2.1 * num_rows
+    figure = Figure(figsize=(8.2, height))
+    figure.subplots_adjust(0.055, 0.28 / height, 0.985, 1 - 0.32 / height, wspace=0.2, hspace=0.36)
     for position, (title, curves) in enumerate(panels.items(), start=1):
         _draw(figure.add_subplot(num_rows, NUM_COLUMNS, position), title, curves)
     return _small_png(figure)
@@ -181,7 +181,7 @@ def _small_png(figure: Any) -> bytes:
     """As sharp as fits. 32 colours are enough for lines: a third of the bytes."""
     from PIL import Image
 
-    for dpi in (100, 75, 50):
+    for dpi in (115, 85, 55):
         drawn, small = io.BytesIO(), io.BytesIO()
         figure.savefig(drawn, format="png", dpi=dpi)
         Image.open(drawn).convert("RGB").quantize(32).save(small, format="png", optimize=True)
