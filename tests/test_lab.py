@@ -258,6 +258,18 @@ def test_judgements_are_right(job, read):
     assert 0.45 < sum(verdicts) / len(verdicts) < 0.55
 
 
+def test_a_quote_is_the_sentence_that_makes_the_point():
+    found = []
+    for dialogue in draws(corpus.quote, 100):
+        (text,) = between("rollout", dialogue[0][0])
+        for prompt, answer in dialogue:
+            (criterion,) = between("criterion", prompt)
+            point = criterion.removeprefix("The note says: ").removesuffix(".")
+            found.append(point in made(text))
+            assert answer == "no" if not found[-1] else (answer in text and made(answer) == [point])
+    assert 0.4 < sum(found) / len(found) < 0.6
+
+
 class Unlucky(random.Random):
     """Draws the first of everything and as much as it may, and says no and yes by turns."""
 
@@ -295,6 +307,8 @@ def test_a_rubric_has_the_points_of_its_reference_in_order():
 
 def rendered_again(job: str, prompt: str) -> str:
     """The prompt made anew by the product's template, from the texts that it shows."""
+    if job == "quote":  # the words of the judge's template, but for what is asked
+        return rendered_again("judge_label", prompt).replace("Answer yes or no.", "Quote.")
     if job.startswith("solve"):
         return render("lab", job, question=question_of(prompt))
     if job.startswith("synthesize"):
@@ -314,7 +328,7 @@ def test_every_prompt_goes_through_the_templates_of_the_product(job):
 def test_every_template_is_taught():
     from cat_grpo.prompts import TEMPLATES
 
-    assert {job.__name__ for job in corpus.JOBS} == set(TEMPLATES)
+    assert {job.__name__ for job in corpus.JOBS} >= set(TEMPLATES)
 
 
 def test_groups_of_every_size_are_shown():
@@ -415,3 +429,13 @@ def test_a_build_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, monkeypatc
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_trial_shorter_than_a_save_is_whole_too(tmp_path, monkeypatch):
+    from cat_grpo.lab import build
+
+    texts = build._tokenizer_texts
+    monkeypatch.setattr(build, "_tokenizer_texts", lambda seed: islice(texts(seed), 300))
+    monkeypatch.setattr(corpus, "JOBS", dict.fromkeys(corpus.JOBS, 1))
+    assert build.build_lab(tmp_path, steps=1) == tmp_path / "model"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "open", "verifiable"]

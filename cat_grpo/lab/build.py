@@ -62,7 +62,7 @@ def build_lab(out: Path, seed: int = 0, steps: int = STEPS) -> Path:
         "step": steps,
     }
     write_whole(out / "model" / CARD, json.dumps(card, indent=2))
-    (out / "building.pt").unlink()
+    (out / "building.pt").unlink(missing_ok=True)  # a short trial has saved none
     return out / "model"
 
 

@@ -176,7 +176,8 @@ def _asked_points(rng: random.Random, size: Size) -> tuple[list[str], str, list[
     for _ in range(JUDGE_TURNS):
         satisfied = rng.random() < 0.5
         # A near miss comes from the same complaints: the judge must read the point, not the topic.
-        missing = [point for point in (pool if rng.random() < 0.5 else lab.POINTS) if point not in points]
+        near = [point for point in pool if point not in points] if rng.random() < 0.5 else []
+        missing = near or [point for point in lab.POINTS if point not in points]  # the note may make all near
         asked.append(rng.choice(points if satisfied else missing))
     return points, text, asked
 
