@@ -31,7 +31,7 @@ class ScriptedEngine:
         return [self._generation(messages[-1]["content"], sampling) for messages in prompts]
 
     async def read_labels(self, prompts: Sequence[Messages], labels: Sequence[str]) -> list[LabelRead]:
-        if len({label[:1].encode()[:1] for label in labels}) < len(labels):
+        if len({label.encode()[:1] for label in labels}) < len(labels):
             raise ValueError(f"labels {tuple(labels)} begin with the same token")
         return [LabelRead(tuple(self._label_probabilities(m[-1]["content"], labels))) for m in prompts]
 
