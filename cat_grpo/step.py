@@ -5,6 +5,7 @@ The only place where the stages meet.
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -113,6 +114,8 @@ class Loop:
         rewards = total_rewards(scored, kl, self.config.learner.kl_coef)
         batch = make_batch(scored, rewards, self.config.learner)
         try:
+            if not all(math.isfinite(value) for group in kl for value in group):
+                raise NotFiniteError("the KL is not finite")  # as a reward it would pass for a missing one
             update = await asyncio.to_thread(self.learner.update, batch)
         except NotFiniteError as error:
             path = self.run.step_folder(step) / "rejected_batch.pt"
