@@ -189,10 +189,6 @@ def test_with_one_update_the_policy_is_its_own_past():
     assert metrics["loss"] == pytest.approx(0.0, abs=1e-7)  # -(1 - 1) / 2
 
 
-POISON = TrainingRow((1,), (2,), (0.0,), math.nan)
-"""Short enough to come last: in a micro-batch after good ones."""
-
-
 @pytest.mark.parametrize(
     ("advantage", "breaks_gradient", "message"),
     [
@@ -212,9 +208,10 @@ def test_what_is_not_finite_stops_before_the_step_and_leaves_no_trace(advantage,
     other.load_optimizer_state(copy.deepcopy(learner.optimizer_state()))
     weights, state = weights_of(model), copy.deepcopy(learner.optimizer_state())
 
+    poison = TrainingRow((1,), (2,), (0.0,), advantage)  # the shortest: in a micro-batch after good ones
     hook = model.lm_head.weight.register_hook(lambda grad: grad * math.nan if breaks_gradient else grad)
     with pytest.raises(NotFiniteError, match=message):
-        learner.update(Batch((*batch.rows, replace(POISON, advantage=advantage))))
+        learner.update(Batch((*batch.rows, poison)))
     hook.remove()
     assert_same_bits(model, weights)
     assert_close(learner.optimizer_state()["state"], state["state"], rtol=0, atol=0)
