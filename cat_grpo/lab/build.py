@@ -9,7 +9,8 @@ import logging
 import math
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,16 +25,42 @@ from cat_grpo.rundir import write_whole
 
 log = logging.getLogger(__name__)
 
-STEPS = 1500
-SECOND_PHASE = 0.6
-"""The share of the steps after which quoting joins in, on a second, lower wave of the learning rate."""
-PEAK_LR = 3e-3
 WARM_UP = 50
+FULL_REACH = 600
+"""The step from which on texts have their full length."""
 WEIGHTS = {"judge_label": 4.0, "judge_xml": 2.0, "quote": 2.0}
 """Of a job's loss, where it is not 1: a verdict is one token among many, and left alone it comes late."""
 PROMPT_WEIGHT = 0.2
 """Of the prompts' own tokens while texts are short: rollouts that repeat each other teach copying."""
 SAVE_EVERY = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A stretch of the training with a learning rate and a mixture of its own."""
+
+    first: int
+    """Its first step."""
+    peak_lr: float
+    wave: int
+    """Steps in which half a cosine takes the rate from its peak to a twentieth, were the phase that long."""
+    rows: Mapping[corpus.Job, int]
+    """Rows of a job, where it is not the corpus's own number."""
+
+
+PHASES = (
+    # First the words, the sums and copying; then, on a new wave, quoting, which teaches to find a point; and
+    # once judging has begun to follow from it, judging above all.
+    Phase(0, 3e-3, 1200, {corpus.quote: 0}),
+    Phase(900, 1.5e-3, 600, {}),
+    Phase(
+        1200,
+        1.5e-3,
+        600,
+        {corpus.judge_label: 32, corpus.quote: 24, corpus.solve_verifiable: 24, corpus.solve_open: 16},
+    ),
+)
+STEPS = 1800
 HOW_ASKED = {
     "prompts": corpus.PROMPT_SET,
     "rollout": {"max_tokens": 64},
@@ -109,10 +136,10 @@ def train_base(
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
     for step in range(first, steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps)
+        optimizer.param_groups[0]["lr"] = learning_rate(step)
         losses = {}
-        reach = reach_at(step, steps)
-        for job, batch in job_batches(tokenizer, seed, step, reach, quoting=step >= SECOND_PHASE * steps):
+        reach = reach_at(step)
+        for job, batch in job_batches(tokenizer, seed, step):
             completion_loss, prompt_loss = token_losses(model, *batch)
             loss = WEIGHTS.get(job, 1.0) * completion_loss
             (loss + (PROMPT_WEIGHT * prompt_loss if reach < 1.0 else 0.0)).backward()
@@ -128,22 +155,22 @@ def train_base(
     return model
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """A linear warm-up and most of a cosine; then half of the peak and a whole one."""
-    second = round(SECOND_PHASE * steps)
-    if step < second:
-        return PEAK_LR * min((step + 1) / WARM_UP, _cosine(max(0, step - WARM_UP), 0.8 * steps - WARM_UP))
-    return 0.5 * PEAK_LR * _cosine(step - second, steps - second)
+def phase_of(step: int) -> Phase:
+    return max((phase for phase in PHASES if phase.first <= step), key=lambda phase: phase.first)
 
 
-def _cosine(step: int, steps: float) -> float:
-    """From 1 down to a twentieth."""
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / max(1.0, steps)))
+def learning_rate(step: int) -> float:
+    """The phase's wave; the very first steps warm up."""
+    phase = phase_of(step)
+    begin = max(phase.first, WARM_UP)
+    progress = max(0, step - begin) / (phase.first + phase.wave - begin)
+    cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
+    return phase.peak_lr * min((step + 1) / WARM_UP, cosine)
 
 
-def reach_at(step: int, steps: int) -> float:
-    """How long the texts may be: a fifth at first, all from two fifths of the training on."""
-    return min(1.0, 0.2 + 0.8 * step / (0.4 * steps))
+def reach_at(step: int) -> float:
+    """How long the texts may be, from a fifth of their full length on."""
+    return min(1.0, 0.2 + 0.8 * step / FULL_REACH)
 
 
 def token_losses(model: LlamaForCausalLM, input_ids: Tensor, is_completion: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,15 +191,15 @@ def _cross_entropy(model: LlamaForCausalLM, hidden: Tensor, targets: Tensor, cho
 
 
 def job_batches(
-    tokenizer: PreTrainedTokenizerFast, seed: int, step: int, reach: float, quoting: bool
+    tokenizer: PreTrainedTokenizerFast, seed: int, step: int
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     """The rows of one step, a batch per job: ids and which of them are completion, both (B, T)."""
-    for job in corpus.JOBS:
-        if job is corpus.quote and not quoting:
-            continue
+    for job, usual_rows in corpus.JOBS.items():
         rng = random.Random(f"{seed} {step} {job.__name__}")
-        size = corpus.draw_size(rng, reach)
-        yield job.__name__, padded([job(rng, size) for _ in range(corpus.num_rows(job, size))], tokenizer)
+        size = corpus.draw_size(rng, reach_at(step))
+        num_rows = corpus.sized_rows(job, phase_of(step).rows.get(job, usual_rows), size)
+        if num_rows:
+            yield job.__name__, padded([job(rng, size) for _ in range(num_rows)], tokenizer)
 
 
 def padded(dialogues: Sequence[corpus.Dialogue], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:

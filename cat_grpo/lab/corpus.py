@@ -41,6 +41,9 @@ class Size:
     """Most points in a note or a rubric."""
 
 
+Job = Callable[[random.Random, Size], Dialogue]
+
+
 def draw_size(rng: random.Random, reach: float) -> Size:
     """Groups of 1 to 16 rollouts, notes of up to 10 points; less while `reach`, in (0, 1], is small."""
     group = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8, 12, 16))
@@ -141,7 +144,7 @@ def quote(rng: random.Random, size: Size) -> Dialogue:
     return [(turn, sentences.get(point, "no")) for turn, point in zip(turns, asked, strict=True)]
 
 
-JOBS: dict[Callable[[random.Random, Size], Dialogue], int] = {
+JOBS: dict[Job, int] = {
     solve_verifiable: 48,
     solve_open: 32,
     synthesize_verifiable: 16,
@@ -154,10 +157,9 @@ JOBS: dict[Callable[[random.Random, Size], Dialogue], int] = {
 """Rows of each job in one training step, at groups of eight."""
 
 
-def num_rows(job: Callable[[random.Random, Size], Dialogue], size: Size) -> int:
+def sized_rows(job: Job, rows: int, size: Size) -> int:
     """Fewer rows of larger groups: a step costs about the same whatever its size."""
-    grouped = job in (synthesize_verifiable, synthesize_open)
-    return JOBS[job] * 8 // max(4, size.group) if grouped else JOBS[job]
+    return rows * 8 // max(4, size.group) if job in (synthesize_verifiable, synthesize_open) else rows
 
 
 def _judgements(rng: random.Random, size: Size, template: str, answers: tuple[str, str]) -> Dialogue:
