@@ -29,7 +29,7 @@ from cat_grpo.references import estimate_references
 from cat_grpo.rewards import score_groups
 from cat_grpo.rollouts import generate_rollouts
 from cat_grpo.rundir import RunDir, problems_of_step, rollout_keys
-from cat_grpo.selection import SCORE, is_best, label_free_score
+from cat_grpo.selection import SCORE, alarm, is_best, label_free_score
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,8 @@ class Loop:
         self.run.write_metrics(history)
         how_asked = self.config.model_dump(mode="json", include={"prompts", "rollout", "reference", "reward"})
         card = {"anchor": self.config.model.path, "config": how_asked}
-        return self.checkpoints.save(step + 1, self.learner, self.tokenizer, card, is_best(history))
+        best = is_best(history) and alarm(history, self.config.train) is None
+        return self.checkpoints.save(step + 1, self.learner, self.tokenizer, card, best)
 
     async def close(self) -> None:
         for engine in {

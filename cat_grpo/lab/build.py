@@ -128,7 +128,7 @@ def train_base(
     """Next-token training on the corpus, on the completions above all."""
     torch.manual_seed(seed)
     model = base_model(len(tokenizer), *_token_ids(tokenizer, END, PAD))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PHASES[0].peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     first = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint)
