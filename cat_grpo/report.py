@@ -184,7 +184,8 @@ def _small_png(figure: Any) -> bytes:
     for dpi in (115, 85, 55):
         drawn, small = io.BytesIO(), io.BytesIO()
         figure.savefig(drawn, format="png", dpi=dpi)
-        Image.open(drawn).convert("RGB").quantize(32, Image.Quantize.MAXCOVERAGE).save(small, format="png", optimize=True)
+        few_colours = Image.open(drawn).convert("RGB").quantize(32, Image.Quantize.MAXCOVERAGE)
+        few_colours.save(small, format="png", optimize=True)
         if small.tell() <= MAX_PNG_BYTES:
             break
     return small.getvalue()
