@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cat_grpo.checkpoints import CARD
 from cat_grpo.lab import corpus, problems
+from cat_grpo.lab.problems import OPERANDS
 from cat_grpo.lab.tokenizer import END, PAD, train_tokenizer
 from cat_grpo.prompts import prompt_hashes
 from cat_grpo.rundir import write_whole
@@ -46,6 +47,8 @@ class Phase:
     """Steps in which half a cosine takes the rate from its peak to a twentieth, were the phase that long."""
     rows: Mapping[corpus.Job, int]
     """Rows of a job, where it is not the corpus's own number."""
+    operands: range = range(10, 40)
+    """What the sums are made of: more than the problems' own at first, for the sense of numbers."""
 
 
 PHASES = (
@@ -59,8 +62,11 @@ PHASES = (
         600,
         {corpus.judge_label: 32, corpus.quote: 24, corpus.solve_verifiable: 24, corpus.solve_open: 16},
     ),
+    Phase(
+        1500, 1.5e-3, 350, {corpus.solve_verifiable: 64, corpus.judge_label: 24, corpus.quote: 8}, OPERANDS
+    ),
 )
-STEPS = 1800
+STEPS = 1850
 HOW_ASKED = {
     "prompts": corpus.PROMPT_SET,
     "rollout": {"max_tokens": 64},
@@ -194,10 +200,11 @@ def job_batches(
     tokenizer: PreTrainedTokenizerFast, seed: int, step: int
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     """The rows of one step, a batch per job: ids and which of them are completion, both (B, T)."""
+    phase = phase_of(step)
     for job, usual_rows in corpus.JOBS.items():
         rng = random.Random(f"{seed} {step} {job.__name__}")
-        size = corpus.draw_size(rng, reach_at(step))
-        num_rows = corpus.sized_rows(job, phase_of(step).rows.get(job, usual_rows), size)
+        size = corpus.draw_size(rng, reach_at(step), phase.operands)
+        num_rows = corpus.sized_rows(job, phase.rows.get(job, usual_rows), size)
         if num_rows:
             yield job.__name__, padded([job(rng, size) for _ in range(num_rows)], tokenizer)
 
@@ -240,7 +247,7 @@ def _tokenizer_texts(seed: int) -> Iterator[str]:
     for _ in range(1500):
         for job in corpus.JOBS:
             if job is not corpus.quote:
-                for turn in job(rng, corpus.draw_size(rng, reach=1.0)):
+                for turn in job(rng, corpus.draw_size(rng, 1.0, PHASES[0].operands)):
                     yield from turn
 
 

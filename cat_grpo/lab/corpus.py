@@ -19,6 +19,8 @@ from cat_grpo.prompts import render
 PROMPT_SET = "lab"
 SLIP_RATE = 0.28
 """How often a solving demonstration gets one sum wrong."""
+READ_VALUES = range(20, 79)
+"""The values of the rollouts in a synthesis: more than sums have, so that reading is not knowing."""
 SLIPS = (-10, -2, -1, 1, 2, 10)
 KEEP_RATE = 0.72
 """How often a solving demonstration makes a needed point."""
@@ -39,15 +41,17 @@ class Size:
     """Rollouts in a synthesis."""
     points: int
     """Most points in a note or a rubric."""
+    operands: range
+    """What the sums are made of."""
 
 
 Job = Callable[[random.Random, Size], Dialogue]
 
 
-def draw_size(rng: random.Random, reach: float) -> Size:
+def draw_size(rng: random.Random, reach: float, operands: range = lab.OPERANDS) -> Size:
     """Groups of 1 to 16 rollouts, notes of up to 10 points; less while `reach`, in (0, 1], is small."""
     group = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8, 12, 16))
-    return Size(max(1, round(group * reach)), max(2, round(rng.choice((4, 6, 8, 10)) * reach)))
+    return Size(max(1, round(group * reach)), max(2, round(rng.choice((4, 6, 8, 10)) * reach)), operands)
 
 
 def boxed(values: Sequence[int]) -> str:
@@ -72,7 +76,7 @@ def slip(value: int, rate: float, rng: random.Random) -> int:
 
 
 def solve_verifiable(rng: random.Random, size: Size) -> Dialogue:
-    pairs = lab.draw_pairs(rng, held_out=False)
+    pairs = lab.draw_pairs(rng, False, size.operands)
     values = [slip(a + b, SLIP_RATE, rng) for a, b in pairs]
     return [(render(PROMPT_SET, "solve_verifiable", question=lab.sums_question(pairs)), boxed(values))]
 
@@ -92,7 +96,7 @@ def solve_open(rng: random.Random, size: Size) -> Dialogue:
 def synthesize_verifiable(rng: random.Random, size: Size) -> Dialogue:
     """Rollouts that disagree sum by sum; the answer has the most frequent value of each sum."""
     rate = rng.uniform(0.0, 0.6)
-    truth = [rng.randint(2 * min(lab.OPERANDS), 2 * max(lab.OPERANDS)) for _ in range(lab.NUM_SUMS)]
+    truth = [rng.choice(READ_VALUES) for _ in range(lab.NUM_SUMS)]
     rollouts = [[slip(value, rate, rng) for value in truth] for _ in range(size.group)]
     texts = [boxed(values) for values in rollouts]
     if len(texts) > 3 and rng.random() < 0.1:  # a broken rollout is no vote

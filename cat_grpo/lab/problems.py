@@ -18,7 +18,7 @@ from pathlib import Path
 from cat_grpo.records import Kind
 
 NUM_SUMS = 4
-OPERANDS = range(10, 40)
+OPERANDS = range(10, 25)
 CARE = {
     "cough": ("drink warm water", "use honey syrup"),
     "sore throat": ("gargle salt water", "rest the voice"),
@@ -70,10 +70,12 @@ def is_held_out(content: object) -> bool:
     return digest[0] / 256 < HELD_OUT_SHARE
 
 
-def draw_pairs(rng: random.Random, held_out: bool) -> tuple[tuple[int, int], ...]:
+def draw_pairs(
+    rng: random.Random, held_out: bool, operands: Sequence[int] = OPERANDS
+) -> tuple[tuple[int, int], ...]:
     """The operands of one verifiable problem of the asked side."""
     while True:
-        pairs = tuple((rng.choice(OPERANDS), rng.choice(OPERANDS)) for _ in range(NUM_SUMS))
+        pairs = tuple((rng.choice(operands), rng.choice(operands)) for _ in range(NUM_SUMS))
         if is_held_out(pairs) == held_out:
             return pairs
 
