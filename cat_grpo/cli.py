@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -250,7 +251,9 @@ def _print_markdown(text: str) -> None:
 
 @contextmanager
 def _progress(title: str, quiet: bool = False) -> Iterator[None]:
-    """A bar on stderr that follows the log records that carry `progress=(done, total)`."""
+    """A bar on stderr that follows the log records that carry `progress=(done, total)`, and no other bars."""
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

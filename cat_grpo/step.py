@@ -198,7 +198,13 @@ async def train_step(loop: Loop, step: int, wrap: Wrap = lambda stage: stage) ->
         await wrap(loop.references)(step, shard)
         await wrap(loop.scores)(step, shard)
 
-    await asyncio.gather(*(walk(shard) for shard in range(loop.num_shards)))
+    walks = [asyncio.ensure_future(walk(shard)) for shard in range(loop.num_shards)]
+    try:
+        await asyncio.gather(*walks)
+    finally:  # where one has failed, the others stop before the engines are closed under them
+        for other in walks:
+            other.cancel()
+        await asyncio.gather(*walks, return_exceptions=True)
     metrics = await wrap(loop.update)(step)
     finished = step + 1
     if finished % loop.config.train.checkpoint_every == 0 or finished == loop.config.train.steps:

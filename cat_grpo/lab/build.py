@@ -154,9 +154,8 @@ def train_base(
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % SAVE_EVERY == 0:
-            log.info(
-                "step %d of %d: %s", step + 1, steps, {job: round(loss, 3) for job, loss in losses.items()}
-            )
+            shown = {job: round(loss, 3) for job, loss in losses.items()}
+            log.info("lab build: %s", shown, extra={"progress": (step + 1, steps)})
             _save_whole(checkpoint, model, optimizer, step + 1)
     return model
 
