@@ -41,17 +41,22 @@ class Size:
     """Rollouts in a synthesis."""
     points: int
     """Most points in a note or a rubric."""
-    operands: range
+    operands: range = lab.OPERANDS
     """What the sums are made of."""
+    quorum: float = 3 / 8
+    """The share of the notes that must make a point for the synthesis to make it."""
 
 
 Job = Callable[[random.Random, Size], Dialogue]
 
 
-def draw_size(rng: random.Random, reach: float, operands: range = lab.OPERANDS) -> Size:
+def draw_size(
+    rng: random.Random, reach: float, operands: range = lab.OPERANDS, quorum: float = 3 / 8
+) -> Size:
     """Groups of 1 to 16 rollouts, notes of up to 10 points; less while `reach`, in (0, 1], is small."""
     group = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8, 12, 16))
-    return Size(max(1, round(group * reach)), max(2, round(rng.choice((4, 6, 8, 10)) * reach)), operands)
+    points = rng.choice((4, 6, 8, 10))
+    return Size(max(1, round(group * reach)), max(2, round(points * reach)), operands, quorum)
 
 
 def boxed(values: Sequence[int]) -> str:
@@ -107,7 +112,7 @@ def synthesize_verifiable(rng: random.Random, size: Size) -> Dialogue:
 
 
 def synthesize_open(rng: random.Random, size: Size) -> Dialogue:
-    """Notes that overlap; the answer has the points that at least half of them make."""
+    """Notes that overlap; the answer has the points that enough of them make."""
     core = rng.sample(lab.POINTS, rng.randint(2, size.points))
     others = sorted(set(lab.POINTS) - set(core))
     keep, stray = rng.uniform(0.5, 1.0), rng.choice((0.5, 1.0, 2.0, 4.0)) / len(others)
@@ -118,7 +123,7 @@ def synthesize_open(rng: random.Random, size: Size) -> Dialogue:
         rng.shuffle(points)
         notes.append(points or core[:1])
     counts = Counter(point for points in notes for point in set(points))
-    agreed = [point for point in lab.POINTS if 2 * counts[point] >= len(notes)]
+    agreed = [point for point in lab.POINTS if counts[point] >= size.quorum * len(notes)]
     agreed = agreed or [max(counts, key=lambda point: (counts[point], point))]
     texts = [note(points, rng) for points in notes]
     return [(render(PROMPT_SET, "synthesize_open", question="", rollouts=texts), note(agreed, rng))]
