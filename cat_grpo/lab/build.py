@@ -49,11 +49,14 @@ class Phase:
     """Rows of a job, where it is not the corpus's own number."""
     operands: range = range(10, 40)
     """What the sums are made of: more than the problems' own at first, for the sense of numbers."""
+    quorum: float = 0.5
+    """Of a synthesis of notes."""
 
 
 PHASES = (
     # First the words, the sums and copying; then, on a new wave, quoting, which teaches to find a point; and
-    # once judging has begun to follow from it, judging above all.
+    # once judging has begun to follow from it, judging above all; last, the sums that the problems ask for,
+    # and notes that a synthesis can be complete from.
     Phase(0, 3e-3, 1200, {corpus.quote: 0}),
     Phase(900, 1.5e-3, 600, {}),
     Phase(
@@ -65,8 +68,23 @@ PHASES = (
     Phase(
         1500, 1.5e-3, 350, {corpus.solve_verifiable: 64, corpus.judge_label: 24, corpus.quote: 8}, OPERANDS
     ),
+    Phase(
+        1600,
+        1.3e-3,
+        400,
+        {
+            corpus.solve_verifiable: 64,
+            corpus.solve_open: 48,
+            corpus.synthesize_open: 20,
+            corpus.judge_label: 12,
+            corpus.propose_rubric: 8,
+            corpus.quote: 0,
+        },
+        OPERANDS,
+        quorum=3 / 8,
+    ),
 )
-STEPS = 1850
+STEPS = 2000
 HOW_ASKED = {
     "prompts": corpus.PROMPT_SET,
     "rollout": {"max_tokens": 64},
@@ -202,7 +220,7 @@ def job_batches(
     phase = phase_of(step)
     for job, usual_rows in corpus.JOBS.items():
         rng = random.Random(f"{seed} {step} {job.__name__}")
-        size = corpus.draw_size(rng, reach_at(step), phase.operands)
+        size = corpus.draw_size(rng, reach_at(step), phase.operands, phase.quorum)
         num_rows = corpus.sized_rows(job, phase.rows.get(job, usual_rows), size)
         if num_rows:
             yield job.__name__, padded([job(rng, size) for _ in range(num_rows)], tokenizer)
@@ -246,7 +264,7 @@ def _tokenizer_texts(seed: int) -> Iterator[str]:
     for _ in range(1500):
         for job in corpus.JOBS:
             if job is not corpus.quote:
-                for turn in job(rng, corpus.draw_size(rng, 1.0, PHASES[0].operands)):
+                for turn in job(rng, corpus.draw_size(rng, 1.0, PHASES[0].operands, PHASES[0].quorum)):
                     yield from turn
 
 
