@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cat_grpo.checkpoints import CARD
 from cat_grpo.lab import corpus, problems
-from cat_grpo.lab.problems import OPERANDS
+from cat_grpo.lab.problems import Operands
 from cat_grpo.lab.tokenizer import END, PAD, train_tokenizer
 from cat_grpo.prompts import prompt_hashes
 from cat_grpo.rundir import write_whole
@@ -47,26 +48,31 @@ class Phase:
     """Steps in which half a cosine takes the rate from its peak to a twentieth, were the phase that long."""
     rows: Mapping[corpus.Job, int]
     """Rows of a job, where it is not the corpus's own number."""
-    operands: range = range(10, 40)
-    """What the sums are made of: more than the problems' own at first, for the sense of numbers."""
-    quorum: float = 0.5
-    """Of a synthesis of notes."""
+    style: Mapping[str, Any]
+    """How its texts differ: fields of `corpus.Size`."""
 
 
+WIDE: Operands = (range(10, 40), range(10, 40))
+NARROW: Operands = (range(10, 25), range(10, 25))
 PHASES = (
     # First the words, the sums and copying; then, on a new wave, quoting, which teaches to find a point; and
     # once judging has begun to follow from it, judging above all; last, the sums that the problems ask for,
     # and notes that a synthesis can be complete from.
-    Phase(0, 3e-3, 1200, {corpus.quote: 0}),
-    Phase(900, 1.5e-3, 600, {}),
+    Phase(0, 3e-3, 1200, {corpus.quote: 0}, {"operands": WIDE, "quorum": 1 / 2, "is_ordered": False}),
+    Phase(900, 1.5e-3, 600, {}, {"operands": WIDE, "quorum": 1 / 2, "is_ordered": False}),
     Phase(
         1200,
         1.5e-3,
         600,
         {corpus.judge_label: 32, corpus.quote: 24, corpus.solve_verifiable: 24, corpus.solve_open: 16},
+        {"operands": WIDE, "quorum": 1 / 2, "is_ordered": False},
     ),
     Phase(
-        1500, 1.5e-3, 350, {corpus.solve_verifiable: 64, corpus.judge_label: 24, corpus.quote: 8}, OPERANDS
+        1500,
+        1.5e-3,
+        350,
+        {corpus.solve_verifiable: 64, corpus.judge_label: 24, corpus.quote: 8},
+        {"operands": NARROW, "quorum": 1 / 2, "is_ordered": False},
     ),
     Phase(
         1600,
@@ -80,11 +86,25 @@ PHASES = (
             corpus.propose_rubric: 8,
             corpus.quote: 0,
         },
-        OPERANDS,
-        quorum=3 / 8,
+        {"operands": NARROW, "is_ordered": False},
+    ),
+    Phase(
+        1800,
+        1.5e-3,
+        500,
+        {
+            corpus.solve_verifiable: 32,
+            corpus.solve_open: 32,
+            corpus.synthesize_verifiable: 8,
+            corpus.synthesize_open: 32,
+            corpus.judge_label: 8,
+            corpus.propose_rubric: 6,
+            corpus.quote: 0,
+        },
+        {},
     ),
 )
-STEPS = 2000
+STEPS = 2300
 HOW_ASKED = {
     "prompts": corpus.PROMPT_SET,
     "rollout": {"max_tokens": 64},
@@ -220,7 +240,7 @@ def job_batches(
     phase = phase_of(step)
     for job, usual_rows in corpus.JOBS.items():
         rng = random.Random(f"{seed} {step} {job.__name__}")
-        size = corpus.draw_size(rng, reach_at(step), phase.operands, phase.quorum)
+        size = corpus.draw_size(rng, reach_at(step), **phase.style)
         num_rows = corpus.sized_rows(job, phase.rows.get(job, usual_rows), size)
         if num_rows:
             yield job.__name__, padded([job(rng, size) for _ in range(num_rows)], tokenizer)
@@ -264,7 +284,7 @@ def _tokenizer_texts(seed: int) -> Iterator[str]:
     for _ in range(1500):
         for job in corpus.JOBS:
             if job is not corpus.quote:
-                for turn in job(rng, corpus.draw_size(rng, 1.0, PHASES[0].operands, PHASES[0].quorum)):
+                for turn in job(rng, corpus.draw_size(rng, 1.0, **PHASES[0].style)):
                     yield from turn
 
 

@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cat_grpo.lab import problems as lab
 from cat_grpo.prompts import render
@@ -41,22 +42,22 @@ class Size:
     """Rollouts in a synthesis."""
     points: int
     """Most points in a note or a rubric."""
-    operands: range = lab.OPERANDS
+    operands: lab.Operands = lab.OPERANDS
     """What the sums are made of."""
     quorum: float = 3 / 8
     """The share of the notes that must make a point for the synthesis to make it."""
+    is_ordered: bool = True
+    """A solving demonstration makes a complaint's points in one order."""
 
 
 Job = Callable[[random.Random, Size], Dialogue]
 
 
-def draw_size(
-    rng: random.Random, reach: float, operands: range = lab.OPERANDS, quorum: float = 3 / 8
-) -> Size:
+def draw_size(rng: random.Random, reach: float, **style: Any) -> Size:
     """Groups of 1 to 16 rollouts, notes of up to 10 points; less while `reach`, in (0, 1], is small."""
     group = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8, 12, 16))
     points = rng.choice((4, 6, 8, 10))
-    return Size(max(1, round(group * reach)), max(2, round(points * reach)), operands, quorum)
+    return Size(max(1, round(group * reach)), max(2, round(points * reach)), **style)
 
 
 def boxed(values: Sequence[int]) -> str:
@@ -90,7 +91,9 @@ def solve_open(rng: random.Random, size: Size) -> Dialogue:
     complaints = lab.draw_complaints(rng, held_out=False)
     points = []
     for complaint in complaints:
-        points += [point for point in rng.sample(lab.CARE[complaint], 2) if rng.random() < KEEP_RATE]
+        both = rng.sample(lab.CARE[complaint], 2)
+        both = sorted(both, key=lab.POINTS.index) if size.is_ordered else both
+        points += [point for point in both if rng.random() < KEEP_RATE]
     strays = rng.choices(range(len(STRAY_RATES)), STRAY_RATES)[0]
     for point in rng.sample(sorted(set(lab.POINTS) - set(lab.needed_points(complaints))), strays):
         points.insert(rng.randint(0, len(points)), point)

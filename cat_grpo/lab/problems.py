@@ -18,7 +18,9 @@ from pathlib import Path
 from cat_grpo.records import Kind
 
 NUM_SUMS = 4
-OPERANDS = range(10, 25)
+Operands = tuple[Sequence[int], Sequence[int]]
+OPERANDS: Operands = (range(10, 40), (10, 20))
+"""What the left and the right side of a sum are drawn from."""
 CARE = {
     "cough": ("drink warm water", "use honey syrup"),
     "sore throat": ("gargle salt water", "rest the voice"),
@@ -71,11 +73,11 @@ def is_held_out(content: object) -> bool:
 
 
 def draw_pairs(
-    rng: random.Random, held_out: bool, operands: Sequence[int] = OPERANDS
+    rng: random.Random, held_out: bool, operands: Operands = OPERANDS
 ) -> tuple[tuple[int, int], ...]:
     """The operands of one verifiable problem of the asked side."""
     while True:
-        pairs = tuple((rng.choice(operands), rng.choice(operands)) for _ in range(NUM_SUMS))
+        pairs = tuple((rng.choice(operands[0]), rng.choice(operands[1])) for _ in range(NUM_SUMS))
         if is_held_out(pairs) == held_out:
             return pairs
 
