@@ -54,25 +54,41 @@ class Phase:
 
 WIDE: Operands = (range(10, 40), range(10, 40))
 NARROW: Operands = (range(10, 25), range(10, 25))
+NOTES = {
+    corpus.solve_verifiable: 32,
+    corpus.synthesize_verifiable: 8,
+    corpus.synthesize_open: 32,
+    corpus.judge_label: 8,
+    corpus.propose_rubric: 6,
+    corpus.quote: 0,
+}
 PHASES = (
     # First the words, the sums and copying; then, on a new wave, quoting, which teaches to find a point; and
     # once judging has begun to follow from it, judging above all; last, the sums that the problems ask for,
     # and notes that a synthesis can be complete from.
-    Phase(0, 3e-3, 1200, {corpus.quote: 0}, {"operands": WIDE, "quorum": 1 / 2, "is_ordered": False}),
-    Phase(900, 1.5e-3, 600, {}, {"operands": WIDE, "quorum": 1 / 2, "is_ordered": False}),
+    Phase(
+        0,
+        3e-3,
+        1200,
+        {corpus.quote: 0},
+        {"operands": WIDE, "quorum": 1 / 2, "is_ordered": False, "has_near_slips": True},
+    ),
+    Phase(
+        900, 1.5e-3, 600, {}, {"operands": WIDE, "quorum": 1 / 2, "is_ordered": False, "has_near_slips": True}
+    ),
     Phase(
         1200,
         1.5e-3,
         600,
         {corpus.judge_label: 32, corpus.quote: 24, corpus.solve_verifiable: 24, corpus.solve_open: 16},
-        {"operands": WIDE, "quorum": 1 / 2, "is_ordered": False},
+        {"operands": WIDE, "quorum": 1 / 2, "is_ordered": False, "has_near_slips": True},
     ),
     Phase(
         1500,
         1.5e-3,
         350,
         {corpus.solve_verifiable: 64, corpus.judge_label: 24, corpus.quote: 8},
-        {"operands": NARROW, "quorum": 1 / 2, "is_ordered": False},
+        {"operands": NARROW, "quorum": 1 / 2, "is_ordered": False, "has_near_slips": True},
     ),
     Phase(
         1600,
@@ -86,25 +102,12 @@ PHASES = (
             corpus.propose_rubric: 8,
             corpus.quote: 0,
         },
-        {"operands": NARROW, "is_ordered": False},
+        {"operands": NARROW, "is_ordered": False, "has_near_slips": True},
     ),
-    Phase(
-        1800,
-        1.5e-3,
-        500,
-        {
-            corpus.solve_verifiable: 32,
-            corpus.solve_open: 32,
-            corpus.synthesize_verifiable: 8,
-            corpus.synthesize_open: 32,
-            corpus.judge_label: 8,
-            corpus.propose_rubric: 6,
-            corpus.quote: 0,
-        },
-        {},
-    ),
+    Phase(1800, 1.5e-3, 500, NOTES, {"has_near_slips": True}),
+    Phase(1900, 1.5e-3, 350, NOTES | {corpus.solve_verifiable: 96, corpus.synthesize_open: 24}, {}),
 )
-STEPS = 2300
+STEPS = 2250
 HOW_ASKED = {
     "prompts": corpus.PROMPT_SET,
     "rollout": {"max_tokens": 64},

@@ -46,6 +46,8 @@ class Size:
     """What the sums are made of."""
     quorum: float = 3 / 8
     """The share of the notes that must make a point for the synthesis to make it."""
+    has_near_slips: bool = False
+    """A sum that a solving demonstration gets wrong is off by a little, and not by anything."""
     is_ordered: bool = True
     """A solving demonstration makes a complaint's points in one order."""
 
@@ -81,9 +83,15 @@ def slip(value: int, rate: float, rng: random.Random) -> int:
     return value + rng.choice(SLIPS) if rng.random() < rate else value
 
 
+def miss(value: int, rate: float, rng: random.Random) -> int:
+    """The value, or with probability `rate` any other."""
+    return rng.choice([other for other in READ_VALUES if other != value]) if rng.random() < rate else value
+
+
 def solve_verifiable(rng: random.Random, size: Size) -> Dialogue:
     pairs = lab.draw_pairs(rng, False, size.operands)
-    values = [slip(a + b, SLIP_RATE, rng) for a, b in pairs]
+    near = size.has_near_slips
+    values = [(slip if near else miss)(a + b, SLIP_RATE, rng) for a, b in pairs]
     return [(render(PROMPT_SET, "solve_verifiable", question=lab.sums_question(pairs)), boxed(values))]
 
 
