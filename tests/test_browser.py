@@ -12,7 +12,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-import test_flows
 
 from cat_grpo.rundir import RunDir
 
@@ -36,7 +35,6 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the path"),
 ]
-model_overrides = test_flows.model_overrides
 
 
 @pytest.fixture
@@ -73,11 +71,11 @@ def wait_until_healthy(address: str, process: subprocess.Popen) -> None:
     pytest.fail(f"the server did not answer: exit status {process.poll()}")
 
 
-def train(server: str, folder: Path, overrides: list[str]) -> str:
+def train(server: str, folder: Path) -> str:
     """Trains for one step as a user would. Returns the id of the flow run."""
     few = ["train.steps=1", "train.problems_per_step=8", "rollout.group_size=4"]
     subprocess.run(
-        [sys.executable, "-c", *TRAIN, "--run", str(folder), *overrides, *few],
+        [sys.executable, "-c", *TRAIN, "--run", str(folder), *few],
         env=os.environ | {"PREFECT_API_URL": f"{server}/api"},
         check=True,
     )
@@ -85,11 +83,9 @@ def train(server: str, folder: Path, overrides: list[str]) -> str:
     return flow_run["id"]
 
 
-def test_the_references_of_a_run_can_be_read_in_the_dashboard(
-    server: str, tmp_path: Path, model_overrides: list[str]
-):
+def test_the_references_of_a_run_can_be_read_in_the_dashboard(server: str, tmp_path: Path):
     folder = tmp_path / "runs" / "first"
-    flow_run_id = train(server, folder, model_overrides)
+    flow_run_id = train(server, folder)
     known = next(group.reference.text for group in RunDir(folder).read_step(0) if group.reference.text)
 
     with sync_api.sync_playwright() as playwright:

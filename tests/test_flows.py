@@ -2,14 +2,12 @@
 
 import asyncio
 import json
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     ArtifactFilter,
@@ -23,11 +21,7 @@ from prefect.testing.utilities import prefect_test_harness
 import cat_grpo.step
 import flows.artifacts
 from cat_grpo.config import Config, load_config
-from cat_grpo.lab.build import base_model
-from cat_grpo.lab.problems import labelled_rows, unlabelled, write_problems
-from cat_grpo.lab.tokenizer import train_tokenizer
 from cat_grpo.rundir import RunDir
-from cat_grpo.shipped import shipped
 from flows.artifacts import artifact_key
 from flows.evaluate import evaluate
 from flows.synthesize import synthesize
@@ -45,37 +39,11 @@ def harness() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def model_overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The lab's model where it is built, else one of its architecture that boxes an 11 or a 12."""
-    if shipped("data", "lab", "model").exists():
-        return []
-    folder, rng = tmp_path_factory.mktemp("model"), random.Random(0)
-    rows = unlabelled(labelled_rows("verifiable", 20, seed=0))
-    write_problems(rows, folder / "train.jsonl")
-    prompts = [f"{row['prompt']} Box the sums." for row in rows]
-    tokenizer = train_tokenizer([*prompts, r"\boxed{11}", r"\boxed{12}"], 400)
-    torch.manual_seed(0)
-    model = base_model(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(200):
-        turn = [{"role": "user", "content": rng.choice(prompts)}]
-        prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
-        box = tokenizer.encode(rf"\boxed{{{rng.choice((11, 11, 12))}}}" + tokenizer.eos_token)
-        labels = torch.tensor([[-100] * len(prompt) + box])
-        model(input_ids=torch.tensor([prompt + box]), labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return [f'model.path="{folder}"', f'data.path="{folder / "train.jsonl"}"']
-
-
 @pytest.fixture
-def tiny(model_overrides: list[str]) -> Tiny:
+def tiny() -> Tiny:
     """A config of two steps of two shards of sums."""
     few = ("train.steps=2", "train.problems_per_step=4", "train.shard_size=2", "rollout.group_size=4")
-    return lambda *overrides: load_config("lab-verifiable", overrides=[*model_overrides, *few, *overrides])
+    return lambda *overrides: load_config("lab-verifiable", overrides=[*few, *overrides])
 
 
 async def run_of(state: State, num_tasks: int) -> dict[str, Any]:
