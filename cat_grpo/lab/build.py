@@ -107,7 +107,7 @@ PHASES = (
     Phase(1800, 1.5e-3, 500, NOTES, {"has_near_slips": True}),
     Phase(1900, 1.5e-3, 350, NOTES | {corpus.solve_verifiable: 96, corpus.synthesize_open: 24}, {}),
 )
-STEPS = 2250
+STEPS = 2200
 HOW_ASKED = {
     "prompts": corpus.PROMPT_SET,
     "rollout": {"max_tokens": 64},
