@@ -110,7 +110,7 @@ PHASES = (
 STEPS = 2200
 HOW_ASKED = {
     "prompts": corpus.PROMPT_SET,
-    "rollout": {"max_tokens": 64},
+    "rollout": {"temperature": 0.8, "max_tokens": 64},
     "reference": {"max_tokens": 64},
     "reward": {"equivalence": "string", "min_criteria": 2, "rubric_max_tokens": 96},
 }
