@@ -12,21 +12,25 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cat_grpo.lab import problems as lab
 from cat_grpo.prompts import render
 
 PROMPT_SET = "lab"
 SLIP_RATE = 0.28
-"""How often a solving demonstration gets one sum wrong."""
+"""How often a solving demonstration gets one sum wrong, by any amount: near misses would blur the sums."""
+RIVAL_RATE = 0.3
+"""How often a wrong value in a synthesis is one that other rollouts share: votes must be counted."""
 READ_VALUES = range(20, 79)
 """The values of the rollouts in a synthesis: more than sums have, so that reading is not knowing."""
-SLIPS = (-10, -2, -1, 1, 2, 10)
 KEEP_RATE = 0.72
 """How often a solving demonstration makes a needed point."""
 STRAY_RATES = (0.45, 0.35, 0.15, 0.05)
 """How often it makes 0, 1, 2 or 3 points that nobody needs."""
+QUORUM = 3 / 8
+"""The share of the notes that must make a point for the synthesis to make it."""
+REPEAT_RATE = 0.15
+"""How often a note in a synthesis makes one of its points twice; that is one vote."""
 JUDGE_TURNS = 6
 OPENERS = ("First", "Also", "Then", "Please", "At home")
 
@@ -42,24 +46,16 @@ class Size:
     """Rollouts in a synthesis."""
     points: int
     """Most points in a note or a rubric."""
-    operands: lab.Operands = lab.OPERANDS
-    """What the sums are made of."""
-    quorum: float = 3 / 8
-    """The share of the notes that must make a point for the synthesis to make it."""
-    has_near_slips: bool = False
-    """A sum that a solving demonstration gets wrong is off by a little, and not by anything."""
-    is_ordered: bool = True
-    """A solving demonstration makes a complaint's points in one order."""
 
 
 Job = Callable[[random.Random, Size], Dialogue]
 
 
-def draw_size(rng: random.Random, reach: float, **style: Any) -> Size:
+def draw_size(rng: random.Random, reach: float) -> Size:
     """Groups of 1 to 16 rollouts, notes of up to 10 points; less while `reach`, in (0, 1], is small."""
     group = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8, 12, 16))
     points = rng.choice((4, 6, 8, 10))
-    return Size(max(1, round(group * reach)), max(2, round(points * reach)), **style)
+    return Size(max(1, round(group * reach)), max(2, round(points * reach)))
 
 
 def boxed(values: Sequence[int]) -> str:
@@ -68,8 +64,13 @@ def boxed(values: Sequence[int]) -> str:
 
 
 def note(points: Sequence[str], rng: random.Random) -> str:
-    """A rollout of the open family: one plain sentence a point."""
+    """A rollout of the open family: one plain sentence a point, opened in any way."""
     return " ".join(f"{rng.choice(OPENERS)}, {point}." for point in points)
+
+
+def reference_note(points: Sequence[str]) -> str:
+    """A reference of the open family: the same, opened in one way."""
+    return " ".join(f"{OPENERS[i > 0]}, {point}." for i, point in enumerate(points))
 
 
 def rubric_xml(points: Sequence[str]) -> str:
@@ -78,30 +79,22 @@ def rubric_xml(points: Sequence[str]) -> str:
     return f"<rubric>{criteria}</rubric>"
 
 
-def slip(value: int, rate: float, rng: random.Random) -> int:
-    """The value, or with probability `rate` a plausible wrong one."""
-    return value + rng.choice(SLIPS) if rng.random() < rate else value
-
-
 def miss(value: int, rate: float, rng: random.Random) -> int:
     """The value, or with probability `rate` any other."""
     return rng.choice([other for other in READ_VALUES if other != value]) if rng.random() < rate else value
 
 
 def solve_verifiable(rng: random.Random, size: Size) -> Dialogue:
-    pairs = lab.draw_pairs(rng, False, size.operands)
-    near = size.has_near_slips
-    values = [(slip if near else miss)(a + b, SLIP_RATE, rng) for a, b in pairs]
+    """Sums that are wrong independently of each other."""
+    pairs = lab.draw_pairs(rng, held_out=False)
+    values = [miss(a + b, SLIP_RATE, rng) for a, b in pairs]
     return [(render(PROMPT_SET, "solve_verifiable", question=lab.sums_question(pairs)), boxed(values))]
 
 
 def solve_open(rng: random.Random, size: Size) -> Dialogue:
+    """Needed points, not all of them, complaint by complaint and each once; strays among them."""
     complaints = lab.draw_complaints(rng, held_out=False)
-    points = []
-    for complaint in complaints:
-        both = rng.sample(lab.CARE[complaint], 2)
-        both = sorted(both, key=lab.POINTS.index) if size.is_ordered else both
-        points += [point for point in both if rng.random() < KEEP_RATE]
+    points = [point for point in lab.needed_points(complaints) if rng.random() < KEEP_RATE]
     strays = rng.choices(range(len(STRAY_RATES)), STRAY_RATES)[0]
     for point in rng.sample(sorted(set(lab.POINTS) - set(lab.needed_points(complaints))), strays):
         points.insert(rng.randint(0, len(points)), point)
@@ -112,8 +105,11 @@ def solve_open(rng: random.Random, size: Size) -> Dialogue:
 def synthesize_verifiable(rng: random.Random, size: Size) -> Dialogue:
     """Rollouts that disagree sum by sum; the answer has the most frequent value of each sum."""
     rate = rng.uniform(0.0, 0.6)
-    truth = [rng.choice(READ_VALUES) for _ in range(lab.NUM_SUMS)]
-    rollouts = [[slip(value, rate, rng) for value in truth] for _ in range(size.group)]
+    truth, rivals = ([rng.choice(READ_VALUES) for _ in range(lab.NUM_SUMS)] for _ in range(2))
+    rollouts = []
+    for _ in range(size.group):
+        wrong = [rival if rng.random() < RIVAL_RATE else rng.choice(READ_VALUES) for rival in rivals]
+        rollouts.append([w if rng.random() < rate else t for t, w in zip(truth, wrong, strict=True)])
     texts = [boxed(values) for values in rollouts]
     if len(texts) > 3 and rng.random() < 0.1:  # a broken rollout is no vote
         texts[rng.randrange(len(texts))] = boxed(truth)[: rng.randint(4, 24)]
@@ -127,17 +123,23 @@ def synthesize_open(rng: random.Random, size: Size) -> Dialogue:
     core = rng.sample(lab.POINTS, rng.randint(2, size.points))
     others = sorted(set(lab.POINTS) - set(core))
     keep, stray = rng.uniform(0.5, 1.0), rng.choice((0.5, 1.0, 2.0, 4.0)) / len(others)
+    in_one_order = rng.random() < 0.5
     notes = []
     for _ in range(size.group):
         points = [point for point in core if rng.random() < keep]
-        points += [point for point in others if rng.random() < stray]
-        rng.shuffle(points)
-        notes.append(points or core[:1])
+        for point in [point for point in others if rng.random() < stray]:
+            points.insert(rng.randint(0, len(points)), point)
+        points = points or core[:1]
+        if not in_one_order:
+            rng.shuffle(points)
+        if rng.random() < REPEAT_RATE:
+            points.append(rng.choice(points))
+        notes.append(points)
     counts = Counter(point for points in notes for point in set(points))
-    agreed = [point for point in lab.POINTS if counts[point] >= size.quorum * len(notes)]
+    agreed = [point for point in lab.POINTS if counts[point] >= QUORUM * len(notes)]
     agreed = agreed or [max(counts, key=lambda point: (counts[point], point))]
     texts = [note(points, rng) for points in notes]
-    return [(render(PROMPT_SET, "synthesize_open", question="", rollouts=texts), note(agreed, rng))]
+    return [(render(PROMPT_SET, "synthesize_open", question="", rollouts=texts), reference_note(agreed))]
 
 
 def propose_rubric(rng: random.Random, size: Size) -> Dialogue:
@@ -166,13 +168,13 @@ def quote(rng: random.Random, size: Size) -> Dialogue:
 
 JOBS: dict[Job, int] = {
     solve_verifiable: 48,
-    solve_open: 32,
-    synthesize_verifiable: 16,
-    synthesize_open: 10,
-    propose_rubric: 10,
+    solve_open: 24,
+    synthesize_verifiable: 12,
+    synthesize_open: 20,
+    propose_rubric: 6,
     judge_label: 16,
     judge_xml: 4,
-    quote: 16,
+    quote: 12,
 }
 """Rows of each job in one training step, at groups of eight."""
 
