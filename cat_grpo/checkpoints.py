@@ -67,7 +67,7 @@ class Checkpoints:
     def _prune(self) -> None:
         kept = {(self.folder / name).resolve() for name in ("latest", "best")}
         for path in self.folder.iterdir():
-            if not path.is_symlink() and path.resolve() not in kept:
+            if path.is_dir() and not path.is_symlink() and path.resolve() not in kept:
                 shutil.rmtree(path)
 
 

@@ -15,9 +15,9 @@ Equivalence = Literal["math", "string"]
 
 
 class Section(BaseModel):
-    """Frozen, unknown keys forbidden."""
+    """Frozen; unknown keys and numbers that are not finite are forbidden."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):

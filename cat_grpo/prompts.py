@@ -44,7 +44,8 @@ def set_folder(prompt_set: str) -> Path:
 
 def fence(text: str, tag: str) -> str:
     """Untrusted text made unable to open or close the tag that a template puts around it."""
-    return re.sub(rf"<(?=\s*/?\s*{re.escape(tag)}\b)", "&lt;", text, flags=re.IGNORECASE)
+    # A field that was not given is no str yet: str() has Jinja name it.
+    return re.sub(rf"<(?=\s*/?\s*{re.escape(tag)}\b)", "&lt;", str(text), flags=re.IGNORECASE)
 
 
 @cache

@@ -195,3 +195,6 @@ def refuse_other_settings(path: Path, config: Config) -> None:
                 f"{path / 'config.json'}: {section}: the run was started with other settings;"
                 f" take another directory or the same settings"
             )
+    manifest = path / "manifest.json"
+    if json.loads(manifest.read_text())["prompt_hashes"] != prompt_hashes(config.prompts):
+        raise ValueError(f"{manifest}: prompt_hashes: the prompts have changed since the run was started")

@@ -161,6 +161,25 @@ def test_a_synthesis_of_sums_is_the_mode_of_each_sum(group):
             assert counts[value] == max(counts.values())
 
 
+def test_rollouts_of_a_synthesis_share_wrong_values():
+    # else the one value that is seen twice would be the answer, and nobody would learn to count
+    shared = 0
+    for ((prompt, completion),) in draws(corpus.synthesize_verifiable, 100):
+        rollouts = [values for text in between("rollout", prompt) if (values := sums(text))]
+        for column, value in zip(zip(*rollouts, strict=True), sums(completion), strict=True):
+            shared += any(n > 1 for other, n in Counter(column).items() if other != value)
+    assert shared > 40  # of 400 columns
+
+
+def test_a_point_made_twice_in_a_note_is_one_vote():
+    repeats = 0
+    for ((prompt, completion),) in draws(corpus.synthesize_open, 100):
+        notes = [made(text) for text in between("rollout", prompt)]
+        repeats += sum(len(set(points)) < len(points) for points in notes)
+        assert len(set(made(completion))) == len(made(completion))
+    assert repeats > 50  # of 800 notes
+
+
 def test_a_broken_rollout_is_shown_and_has_no_vote():
     shown = [
         [sums(text) for text in between("rollout", prompt)]
@@ -397,9 +416,9 @@ def test_a_build_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, monkeypatc
     steps_made: list[int] = []
     learning_rate, save_whole, texts = build.learning_rate, build._save_whole, build._tokenizer_texts
 
-    def counted(step: int) -> float:
+    def counted(step: int, steps: int) -> float:
         steps_made.append(step)
-        return learning_rate(step)
+        return learning_rate(step, steps)
 
     def stopped(*arguments) -> None:
         save_whole(*arguments)

@@ -152,3 +152,8 @@ def test_hashes_follow_the_words(tmp_path):
 def test_an_incomplete_set_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"has no solve_verifiable\.txt"):
         render(str(tmp_path), "solve_open", question="Q?")
+
+
+def test_a_field_that_is_missing_is_named():
+    with pytest.raises(UndefinedError, match="reference"):
+        render("default", "propose_rubric")

@@ -232,6 +232,13 @@ def test_how_long_a_run_goes_on_may_change(tmp_path, override):
     assert RunDir(tmp_path / "run").config == run.config
 
 
+def test_a_run_is_not_gone_on_with_under_other_prompts(tmp_path, monkeypatch):
+    opened(tmp_path / "run")
+    monkeypatch.setattr("cat_grpo.rundir.prompt_hashes", lambda prompt_set: {"judge_label": "another"})
+    with pytest.raises(ValueError, match=r"manifest\.json: prompt_hashes: "):
+        opened(tmp_path / "run")
+
+
 def test_the_data_may_grow(tmp_path):
     opened(tmp_path / "run", num_problems=3)
     opened(tmp_path / "run", num_problems=4)

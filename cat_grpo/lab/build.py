@@ -33,7 +33,7 @@ WEIGHTS = {"judge_label": 4.0, "judge_xml": 2.0, "quote": 2.0}
 PROMPT_WEIGHT = 0.2
 """Of the prompts' own tokens while texts are short: rollouts that repeat each other teach copying."""
 SAVE_EVERY = 100
-STEPS = 2000
+STEPS = 1600
 HOW_ASKED = {
     "prompts": corpus.PROMPT_SET,
     "rollout": {"max_tokens": 64},
