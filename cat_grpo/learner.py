@@ -14,7 +14,7 @@ from cat_grpo.grpo import clipped_surrogate, is_clipped, sequence_mean, token_en
 
 
 class NotFiniteError(ArithmeticError):
-    """The loss or the gradient is not finite: the update was not made and the weights are as they were before."""
+    """The loss or the gradient is not finite: the update was not made, the weights are as before it."""
 
 
 class Learner:

@@ -9,8 +9,10 @@ import logging
 import math
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,22 +20,121 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cat_grpo.checkpoints import CARD
 from cat_grpo.lab import corpus, problems
+from cat_grpo.lab.problems import Operands
 from cat_grpo.lab.tokenizer import END, PAD, train_tokenizer
 from cat_grpo.prompts import prompt_hashes
 from cat_grpo.rundir import write_whole
 
 log = logging.getLogger(__name__)
 
-PEAK_LR = 3e-3
 WARM_UP = 50
-FULL_REACH = 400
+FULL_REACH = 600
 """The step from which on texts have their full length."""
 WEIGHTS = {"judge_label": 4.0, "judge_xml": 2.0, "quote": 2.0}
 """Of a job's loss, where it is not 1: a verdict is one token among many, and left alone it comes late."""
 PROMPT_WEIGHT = 0.2
 """Of the prompts' own tokens while texts are short: rollouts that repeat each other teach copying."""
 SAVE_EVERY = 100
-STEPS = 1600
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A stretch of the training with a learning rate and a mixture of its own."""
+
+    first: int
+    """Its first step."""
+    peak_lr: float
+    wave: int
+    """Steps in which half a cosine takes the rate from its peak to a twentieth, were the phase that long."""
+    rows: Mapping[corpus.Job, int]
+    """Rows of a job, where it is not the corpus's own number."""
+    style: Mapping[str, Any]
+    """How its texts differ: fields of `corpus.Size`."""
+
+
+WIDE: Operands = (range(10, 40), range(10, 40))
+NARROW: Operands = (range(10, 25), range(10, 25))
+EARLY = {"has_near_slips": True, "is_ordered": False, "is_worn": False, "quorum": 1 / 2}
+PHASES = (
+    # First the words, the sums and copying; then, on a new wave, quoting, which teaches to find a point; and
+    # once judging has begun to follow from it, judging above all.
+    Phase(0, 3e-3, 1200, {corpus.quote: 0}, EARLY | {"operands": WIDE}),
+    Phase(900, 1.5e-3, 600, {}, EARLY | {"operands": WIDE}),
+    Phase(
+        1200,
+        1.5e-3,
+        600,
+        {corpus.judge_label: 32, corpus.quote: 24, corpus.solve_verifiable: 24, corpus.solve_open: 16},
+        EARLY | {"operands": WIDE},
+    ),
+    # Then the sums that the problems ask for, and notes that a synthesis can be complete from.
+    Phase(
+        1500,
+        1.5e-3,
+        350,
+        {corpus.solve_verifiable: 64, corpus.judge_label: 24, corpus.quote: 8},
+        EARLY | {"operands": NARROW},
+    ),
+    Phase(
+        1600,
+        1.3e-3,
+        400,
+        {
+            corpus.solve_verifiable: 64,
+            corpus.solve_open: 48,
+            corpus.synthesize_open: 20,
+            corpus.judge_label: 12,
+            corpus.propose_rubric: 8,
+            corpus.quote: 0,
+        },
+        EARLY | {"operands": NARROW, "quorum": 3 / 8},
+    ),
+    Phase(
+        1800,
+        1.5e-3,
+        500,
+        {
+            corpus.solve_verifiable: 64,
+            corpus.synthesize_verifiable: 8,
+            corpus.synthesize_open: 28,
+            corpus.judge_label: 8,
+            corpus.propose_rubric: 6,
+            corpus.quote: 0,
+        },
+        {"is_worn": False, "quorum": 3 / 8},
+    ),
+    # Last, rollouts as they become while a policy is trained.
+    Phase(
+        2200,
+        2e-3,
+        450,
+        {
+            corpus.solve_verifiable: 64,
+            corpus.solve_open: 24,
+            corpus.synthesize_verifiable: 12,
+            corpus.synthesize_open: 20,
+            corpus.propose_rubric: 6,
+            corpus.judge_label: 12,
+            corpus.quote: 4,
+        },
+        {"quorum": 3 / 8},
+    ),
+    Phase(
+        2650,
+        2e-3,
+        400,
+        {
+            corpus.solve_verifiable: 24,
+            corpus.synthesize_verifiable: 6,
+            corpus.synthesize_open: 32,
+            corpus.judge_label: 12,
+            corpus.propose_rubric: 8,
+            corpus.quote: 2,
+        },
+        {},
+    ),
+)
+STEPS = 3050
 HOW_ASKED = {
     "prompts": corpus.PROMPT_SET,
     "rollout": {"max_tokens": 64},
@@ -109,7 +210,7 @@ def train_base(
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
     for step in range(first, steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps)
+        optimizer.param_groups[0]["lr"] = learning_rate(step)
         losses = {}
         reach = reach_at(step)
         for job, batch in job_batches(tokenizer, seed, step):
@@ -127,11 +228,17 @@ def train_base(
     return model
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Half a cosine from the peak to a twentieth of it, after a short warm-up."""
-    progress = max(0, step - WARM_UP) / max(1, steps - WARM_UP)
+def phase_of(step: int) -> Phase:
+    return max((phase for phase in PHASES if phase.first <= step), key=lambda phase: phase.first)
+
+
+def learning_rate(step: int) -> float:
+    """The phase's wave; the very first steps warm up."""
+    phase = phase_of(step)
+    begin = max(phase.first, WARM_UP)
+    progress = max(0, step - begin) / (phase.first + phase.wave - begin)
     cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
-    return PEAK_LR * min((step + 1) / WARM_UP, cosine)
+    return phase.peak_lr * min((step + 1) / WARM_UP, cosine)
 
 
 def reach_at(step: int) -> float:
@@ -160,11 +267,13 @@ def job_batches(
     tokenizer: PreTrainedTokenizerFast, seed: int, step: int
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     """The rows of one step, a batch per job: ids and which of them are completion, both (B, T)."""
-    for job, rows in corpus.JOBS.items():
+    phase = phase_of(step)
+    for job, usual_rows in corpus.JOBS.items():
         rng = random.Random(f"{seed} {step} {job.__name__}")
-        size = corpus.draw_size(rng, reach_at(step))
-        num_rows = corpus.sized_rows(job, rows, size)
-        yield job.__name__, padded([job(rng, size) for _ in range(num_rows)], tokenizer)
+        size = corpus.draw_size(rng, reach_at(step), **phase.style)
+        num_rows = corpus.sized_rows(job, phase.rows.get(job, usual_rows), size)
+        if num_rows:
+            yield job.__name__, padded([job(rng, size) for _ in range(num_rows)], tokenizer)
 
 
 def padded(dialogues: Sequence[corpus.Dialogue], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
@@ -204,8 +313,9 @@ def _tokenizer_texts(seed: int) -> Iterator[str]:
     rng = random.Random(f"{seed} tokenizer")
     for _ in range(1500):
         for job in corpus.JOBS:
-            for turn in job(rng, corpus.draw_size(rng, 1.0)):
-                yield from turn
+            if job is not corpus.quote:
+                for turn in job(rng, corpus.draw_size(rng, 1.0, **PHASES[0].style)):
+                    yield from turn
 
 
 def _save_whole(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, step: int) -> None:
