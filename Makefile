@@ -13,6 +13,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 
 # One thread: the models of the lab are so small that a second one costs more than it brings.
 export OMP_NUM_THREADS := 1
+# One heap: sampling, judging and learning run in threads, and each would keep the memory of its own peak.
+export MALLOC_ARENA_MAX := 1
 export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 # pip leaves byte-compiling to the first import, which reads a third of the files: the result must then be kept.

@@ -31,6 +31,14 @@ class Phase:
 WIDE: Operands = (range(10, 40), range(10, 40))
 NARROW: Operands = (range(10, 25), range(10, 25))
 EARLY = {"has_near_slips": True, "is_ordered": False, "is_worn": False, "quorum": 1 / 2}
+NOTES = {
+    corpus.solve_verifiable: 24,
+    corpus.synthesize_verifiable: 6,
+    corpus.synthesize_open: 32,
+    corpus.judge_label: 12,
+    corpus.propose_rubric: 8,
+    corpus.quote: 2,
+}
 PHASES = (
     # First the words, the sums and copying; then, on a new wave, quoting, which teaches to find a point; and
     # once judging has begun to follow from it, judging above all.
@@ -95,22 +103,10 @@ PHASES = (
         },
         {"quorum": 3 / 8},
     ),
-    Phase(
-        2650,
-        2e-3,
-        400,
-        {
-            corpus.solve_verifiable: 24,
-            corpus.synthesize_verifiable: 6,
-            corpus.synthesize_open: 32,
-            corpus.judge_label: 12,
-            corpus.propose_rubric: 8,
-            corpus.quote: 2,
-        },
-        {},
-    ),
+    Phase(2650, 2e-3, 400, NOTES, {}),
+    Phase(3050, 1.5e-3, 300, NOTES, {}),
 )
-STEPS = 3050
+STEPS = 3350
 
 
 def phase_of(step: int) -> Phase:
