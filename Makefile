@@ -33,8 +33,8 @@ test: .venv/.installed-dev chromium lint ## Lint, format check, types, then ever
 	$(BIN)/python -m pytest
 
 lint: .venv/.installed-dev ## Only the static checks
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check --no-cache .
+	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/pyright
 
 format: .venv/.installed-dev ## Let ruff put imports and layout right

@@ -5,13 +5,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flows.evaluate import evaluate
-from flows.train import train
 from prefect import flow
 
 from cat_grpo.config import load_config
 from cat_grpo.rundir import write_whole
 from cat_grpo.shipped import shipped
+from flows.evaluate import evaluate
+from flows.train import train
 
 NUM_HELD_OUT = {"verifiable": 200, "open": 100}
 
