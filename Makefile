@@ -42,7 +42,7 @@ format: .venv/.installed-dev ## Let ruff put imports and layout right
 	$(BIN)/ruff format .
 
 lab: export OMP_NUM_THREADS := 2
-lab: .venv/.installed ## Build the lab's base model again (over an hour on two cores; goes on where it stopped)
+lab: .venv/.installed ## Build the lab's base model again (about 40 minutes on two cores; goes on where it stopped)
 	$(BIN)/cat-grpo lab build --out data/lab
 
 chromium: # For the browser test, which skips itself and says why where there is no Chromium.

@@ -414,11 +414,11 @@ def test_a_build_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, monkeypatc
     from cat_grpo.lab import build
 
     steps_made: list[int] = []
-    learning_rate, save_whole, texts = build.learning_rate, build._save_whole, build._tokenizer_texts
+    decay, save_whole, texts = build.decay, build._save_whole, build._tokenizer_texts
 
     def counted(step: int) -> float:
         steps_made.append(step)
-        return learning_rate(step)
+        return decay(step)
 
     def stopped(*arguments) -> None:
         save_whole(*arguments)
@@ -427,8 +427,10 @@ def test_a_build_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, monkeypatc
     monkeypatch.setattr(build, "SAVE_EVERY", 1)
     monkeypatch.setattr(build, "TRAIN_PROBLEMS", 8)
     monkeypatch.setattr(build, "HELD_OUT_PROBLEMS", 8)
-    monkeypatch.setattr(build, "learning_rate", counted)
+    monkeypatch.setattr(build, "decay", counted)
+    monkeypatch.setattr(build, "FIRST_STEPS", 1)
     monkeypatch.setattr(build, "_tokenizer_texts", lambda seed: islice(texts(seed), 300))
+    monkeypatch.setattr(corpus, "FIRST_JOBS", dict.fromkeys(corpus.FIRST_JOBS, 2))
     monkeypatch.setattr(corpus, "JOBS", dict.fromkeys(corpus.JOBS, 2))
     build.build_lab(tmp_path / "whole", steps=2)
     assert steps_made == [0, 1]
@@ -453,6 +455,6 @@ def test_a_trial_shorter_than_a_save_is_whole_too(tmp_path, monkeypatch):
 
     texts = build._tokenizer_texts
     monkeypatch.setattr(build, "_tokenizer_texts", lambda seed: islice(texts(seed), 300))
-    monkeypatch.setattr(corpus, "JOBS", dict.fromkeys(corpus.JOBS, 1))
+    monkeypatch.setattr(corpus, "FIRST_JOBS", dict.fromkeys(corpus.FIRST_JOBS, 1))
     assert build.build_lab(tmp_path, steps=1) == tmp_path / "model"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "open", "verifiable"]

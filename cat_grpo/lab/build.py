@@ -6,6 +6,7 @@ checkpoint as if it had not been.
 
 import json
 import logging
+import math
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -17,13 +18,20 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cat_grpo.checkpoints import CARD
 from cat_grpo.lab import corpus, problems
-from cat_grpo.lab.schedule import PHASES, STEPS, learning_rate, phase_of, reach_at
 from cat_grpo.lab.tokenizer import END, PAD, train_tokenizer
 from cat_grpo.prompts import prompt_hashes
 from cat_grpo.rundir import write_whole
 
 log = logging.getLogger(__name__)
 
+STEPS = 1400
+FIRST_STEPS = 300
+"""Steps on few jobs, until judging has begun: among all of them its one token of a verdict is lost."""
+WARM_UP = 20
+FULL_REACH = 100
+"""The step from which on texts have their full length."""
+MUON_LR = 0.02
+ADAM_LR = 3e-3
 WEIGHTS = {"judge_label": 4.0, "judge_xml": 2.0, "quote": 2.0}
 """Of a job's loss, where it is not 1: a verdict is one token among many, and left alone it comes late."""
 PROMPT_WEIGHT = 0.2
@@ -96,15 +104,18 @@ def train_base(
     """Next-token training on the corpus, on the completions above all."""
     torch.manual_seed(seed)
     model = base_model(len(tokenizer), *_token_ids(tokenizer, END, PAD))
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    muon, adam = _optimizers(model)
     first = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint)
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        muon.load_state_dict(saved["muon"])
+        adam.load_state_dict(saved["adam"])
         first = saved["step"]
     for step in range(first, steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(step)
+        share = decay(step)
+        muon.param_groups[0]["lr"] = MUON_LR * share
+        adam.param_groups[0]["lr"] = ADAM_LR * share
         losses = {}
         reach = reach_at(step)
         for job, batch in job_batches(tokenizer, seed, step):
@@ -113,13 +124,35 @@ def train_base(
             (loss + (PROMPT_WEIGHT * prompt_loss if reach < 1.0 else 0.0)).backward()
             losses[job] = completion_loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        muon.step()
+        adam.step()
+        model.zero_grad()
         if (step + 1) % SAVE_EVERY == 0:
             shown = {job: round(loss, 3) for job, loss in losses.items()}
             log.info("lab build: %s", shown, extra={"progress": (step + 1, steps)})
-            _save_whole(checkpoint, model, optimizer, step + 1)
+            _save_whole(checkpoint, model, muon, adam, step + 1)
     return model
+
+
+def decay(step: int) -> float:
+    """The learning rates at a step as a share of their peaks: a warm-up, and half a cosine over the build."""
+    cosine = 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+    return min(1.0, (step + 1) / WARM_UP) * cosine
+
+
+def reach_at(step: int) -> float:
+    """How long the texts may be, from a fifth of their full length on."""
+    return min(1.0, 0.2 + 0.8 * step / FULL_REACH)
+
+
+def _optimizers(model: LlamaForCausalLM) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for the rest: AdamW alone takes 1,000 steps more to judge."""
+    layers = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
+    rest = [model.lm_head.weight, *(weight for weight in model.parameters() if weight.ndim == 1)]
+    return (
+        torch.optim.Muon(layers, weight_decay=0.01),
+        torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.01),
+    )
 
 
 def token_losses(model: LlamaForCausalLM, input_ids: Tensor, is_completion: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,13 +176,11 @@ def job_batches(
     tokenizer: PreTrainedTokenizerFast, seed: int, step: int
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     """The rows of one step, a batch per job: ids and which of them are completion, both (B, T)."""
-    phase = phase_of(step)
-    for job, usual_rows in corpus.JOBS.items():
+    for job, rows in (corpus.FIRST_JOBS if step < FIRST_STEPS else corpus.JOBS).items():
         rng = random.Random(f"{seed} {step} {job.__name__}")
-        size = corpus.draw_size(rng, reach_at(step), **phase.style)
-        num_rows = corpus.sized_rows(job, phase.rows.get(job, usual_rows), size)
-        if num_rows:
-            yield job.__name__, padded([job(rng, size) for _ in range(num_rows)], tokenizer)
+        size = corpus.draw_size(rng, reach_at(step))
+        num_rows = corpus.sized_rows(job, rows, size)
+        yield job.__name__, padded([job(rng, size) for _ in range(num_rows)], tokenizer)
 
 
 def padded(dialogues: Sequence[corpus.Dialogue], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
@@ -190,11 +221,13 @@ def _tokenizer_texts(seed: int) -> Iterator[str]:
     for _ in range(1500):
         for job in corpus.JOBS:
             if job is not corpus.quote:
-                for turn in job(rng, corpus.draw_size(rng, 1.0, **PHASES[0].style)):
+                for turn in job(rng, corpus.draw_size(rng, 1.0)):
                     yield from turn
 
 
-def _save_whole(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, step: int) -> None:
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+def _save_whole(
+    path: Path, model: LlamaForCausalLM, muon: torch.optim.Optimizer, adam: torch.optim.Optimizer, step: int
+) -> None:
+    state = {"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(), "step": step}
     torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)

@@ -12,7 +12,6 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cat_grpo.lab import problems as lab
 from cat_grpo.prompts import render
@@ -23,14 +22,15 @@ SLIP_RATE = 0.28
 RIVAL_RATE = 0.3
 """How often a wrong value in a synthesis is one that other rollouts share: votes must be counted."""
 READ_VALUES = range(20, 79)
-"""The values of the rollouts in a synthesis: more than sums have, so that reading is not knowing."""
-NEAR_SLIPS = (-10, -2, -1, 1, 2, 10)
+"""What a rollout may answer: wider than sums are, so that reading a synthesis is not knowing."""
 KEEP_RATE = 0.72
 """How often a solving demonstration makes a needed point."""
 STRAY_RATES = (0.45, 0.35, 0.15, 0.05)
 """How often it makes 0, 1, 2 or 3 points that nobody needs."""
 REPEATS = (0, 0, 0, 1, 2, 4)
 """How many times a note in a synthesis makes a point again, which is no vote: policies come to repeat."""
+QUORUM = 1 / 4
+"""The share of the notes that must make a point for the synthesis to make it."""
 JUDGE_TURNS = 6
 OPENERS = ("First", "Also", "Then", "Please", "At home")
 
@@ -46,26 +46,16 @@ class Size:
     """Rollouts in a synthesis."""
     points: int
     """Most points in a note or a rubric."""
-    operands: lab.Operands = lab.OPERANDS
-    """What the sums are made of."""
-    quorum: float = 1 / 4
-    """The share of the notes that must make a point for the synthesis to make it."""
-    has_near_slips: bool = False
-    """A wrong sum is off by a little, and not by anything. That blurs the sums: they are sharp only later."""
-    is_ordered: bool = True
-    """A solving demonstration makes a complaint's points in one order."""
-    is_worn: bool = True
-    """Rollouts of a synthesis are as a policy in training makes them: with shared mistakes, and repeats."""
 
 
 Job = Callable[[random.Random, Size], Dialogue]
 
 
-def draw_size(rng: random.Random, reach: float, **style: Any) -> Size:
+def draw_size(rng: random.Random, reach: float) -> Size:
     """Groups of 1 to 16 rollouts, notes of up to 10 points; less while `reach`, in (0, 1], is small."""
     group = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8, 12, 16))
     points = rng.choice((4, 6, 8, 10))
-    return Size(max(1, round(group * reach)), max(2, round(points * reach)), **style)
+    return Size(max(1, round(group * reach)), max(2, round(points * reach)))
 
 
 def boxed(values: Sequence[int]) -> str:
@@ -89,21 +79,17 @@ def rubric_xml(points: Sequence[str]) -> str:
     return f"<rubric>{criteria}</rubric>"
 
 
-def slip(value: int, rate: float, rng: random.Random) -> int:
-    """The value, or with probability `rate` one near it."""
-    return value + rng.choice(NEAR_SLIPS) if rng.random() < rate else value
-
-
-def miss(value: int, rate: float, rng: random.Random) -> int:
-    """The value, or with probability `rate` any other."""
-    return rng.choice([other for other in READ_VALUES if other != value]) if rng.random() < rate else value
+def slip(value: int, rng: random.Random) -> int:
+    """The value, or with probability SLIP_RATE any other."""
+    if rng.random() >= SLIP_RATE:
+        return value
+    return rng.choice([other for other in READ_VALUES if other != value])
 
 
 def solve_verifiable(rng: random.Random, size: Size) -> Dialogue:
     """Sums that are wrong independently of each other."""
-    pairs = lab.draw_pairs(rng, False, size.operands)
-    wrong = slip if size.has_near_slips else miss
-    values = [wrong(a + b, SLIP_RATE, rng) for a, b in pairs]
+    pairs = lab.draw_pairs(rng, held_out=False)
+    values = [slip(a + b, rng) for a, b in pairs]
     return [(render(PROMPT_SET, "solve_verifiable", question=lab.sums_question(pairs)), boxed(values))]
 
 
@@ -112,8 +98,7 @@ def solve_open(rng: random.Random, size: Size) -> Dialogue:
     complaints = lab.draw_complaints(rng, held_out=False)
     points = []
     for complaint in complaints:
-        both = lab.CARE[complaint] if size.is_ordered else rng.sample(lab.CARE[complaint], 2)
-        points += [point for point in both if rng.random() < KEEP_RATE]
+        points += [point for point in lab.CARE[complaint] if rng.random() < KEEP_RATE]
     strays = rng.choices(range(len(STRAY_RATES)), STRAY_RATES)[0]
     for point in rng.sample(sorted(set(lab.POINTS) - set(lab.needed_points(complaints))), strays):
         points.insert(rng.randint(0, len(points)), point)
@@ -127,11 +112,8 @@ def synthesize_verifiable(rng: random.Random, size: Size) -> Dialogue:
     truth, rivals = ([rng.choice(READ_VALUES) for _ in range(lab.NUM_SUMS)] for _ in range(2))
     rollouts = []
     for _ in range(size.group):
-        if size.is_worn:
-            wrong = [rival if rng.random() < RIVAL_RATE else rng.choice(READ_VALUES) for rival in rivals]
-            rollouts.append([w if rng.random() < rate else t for t, w in zip(truth, wrong, strict=True)])
-        else:
-            rollouts.append([slip(value, rate, rng) for value in truth])
+        wrong = [rival if rng.random() < RIVAL_RATE else rng.choice(READ_VALUES) for rival in rivals]
+        rollouts.append([w if rng.random() < rate else t for t, w in zip(truth, wrong, strict=True)])
     texts = [boxed(values) for values in rollouts]
     if len(texts) > 3 and rng.random() < 0.1:  # a broken rollout is no vote
         texts[rng.randrange(len(texts))] = boxed(truth)[: rng.randint(4, 24)]
@@ -146,7 +128,7 @@ def synthesize_open(rng: random.Random, size: Size) -> Dialogue:
     others = sorted(set(lab.POINTS) - set(core))
     keep = min(1.0, rng.uniform(0.5, 1.15))  # now and then the notes agree on all of it
     stray = rng.choice((0.5, 1.0, 2.0, 4.0)) / len(others)
-    in_one_order = size.is_worn and rng.random() < 0.5
+    in_one_order = rng.random() < 0.5
     notes = []
     for _ in range(size.group):
         points = [point for point in core if rng.random() < keep]
@@ -155,11 +137,11 @@ def synthesize_open(rng: random.Random, size: Size) -> Dialogue:
         points = points or core[:1]
         if not in_one_order:
             rng.shuffle(points)
-        for again in rng.choices(points, k=rng.choice(REPEATS) if size.is_worn else 0):
+        for again in rng.choices(points, k=rng.choice(REPEATS)):
             points.insert(rng.randint(0, len(points)), again)
         notes.append(points)
     counts = Counter(point for points in notes for point in set(points))
-    agreed = [point for point in lab.POINTS if counts[point] >= size.quorum * len(notes)]
+    agreed = [point for point in lab.POINTS if counts[point] >= QUORUM * len(notes)]
     agreed = agreed or [max(counts, key=lambda point: (counts[point], point))]
     texts = [note(points, rng) for points in notes]
     return [(render(PROMPT_SET, "synthesize_open", question="", rollouts=texts), reference_note(agreed))]
@@ -189,17 +171,25 @@ def quote(rng: random.Random, size: Size) -> Dialogue:
     return [(turn, sentences.get(point, "no")) for turn, point in zip(turns, asked, strict=True)]
 
 
+FIRST_JOBS: dict[Job, int] = {
+    solve_open: 32,
+    synthesize_verifiable: 16,
+    propose_rubric: 8,
+    judge_label: 24,
+    quote: 24,
+}
+"""Rows of each job in one training step at first, at groups of eight: above all what needs a point found."""
 JOBS: dict[Job, int] = {
     solve_verifiable: 48,
     solve_open: 32,
-    synthesize_verifiable: 16,
-    synthesize_open: 10,
-    propose_rubric: 10,
+    synthesize_verifiable: 12,
+    synthesize_open: 24,
+    propose_rubric: 8,
     judge_label: 16,
     judge_xml: 4,
-    quote: 16,
+    quote: 4,
 }
-"""Rows of each job in one training step, at groups of eight."""
+"""The same, afterwards."""
 
 
 def sized_rows(job: Job, rows: int, size: Size) -> int:

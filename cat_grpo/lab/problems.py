@@ -18,8 +18,7 @@ from pathlib import Path
 from cat_grpo.records import Kind
 
 NUM_SUMS = 4
-Operands = tuple[Sequence[int], Sequence[int]]
-OPERANDS: Operands = (range(10, 40), (10, 20))
+OPERANDS = (range(10, 40), (10, 20))
 """What the left and the right side of a sum are drawn from."""
 CARE = {
     "cough": ("drink warm water", "use honey syrup"),
@@ -72,12 +71,10 @@ def is_held_out(content: object) -> bool:
     return digest[0] / 256 < HELD_OUT_SHARE
 
 
-def draw_pairs(
-    rng: random.Random, held_out: bool, operands: Operands = OPERANDS
-) -> tuple[tuple[int, int], ...]:
+def draw_pairs(rng: random.Random, held_out: bool) -> tuple[tuple[int, int], ...]:
     """The operands of one verifiable problem of the asked side."""
     while True:
-        pairs = tuple((rng.choice(operands[0]), rng.choice(operands[1])) for _ in range(NUM_SUMS))
+        pairs = tuple((rng.choice(OPERANDS[0]), rng.choice(OPERANDS[1])) for _ in range(NUM_SUMS))
         if is_held_out(pairs) == held_out:
             return pairs
 
