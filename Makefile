@@ -21,7 +21,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format lab chromium clean
+.PHONY: help demo test lint format lab bench chromium clean
 
 help: ## What can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 14
@@ -44,6 +44,11 @@ format: .venv/.installed-dev ## Let ruff put imports and layout right
 lab: export OMP_NUM_THREADS := 2
 lab: .venv/.installed ## Build the lab's base model again (about 40 minutes on two cores; goes on where it stopped)
 	$(BIN)/cat-grpo lab build --out data/lab
+
+bench: export OMP_NUM_THREADS := 2
+bench: .venv/.installed-dev ## Time the update and the loss head beside TRL's (a quarter of an hour on two cores)
+	$(BIN)/python tests/benchmarks/loss_head.py --out tests/benchmarks/loss_head.json
+	$(BIN)/python tests/benchmarks/update.py --out tests/benchmarks/update.json
 
 chromium: # For the browser test, which skips itself and says why where there is no Chromium.
 	@if ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then \

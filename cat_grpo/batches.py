@@ -1,15 +1,26 @@
-"""Stage 4: scored groups become advantages, and rollouts become padded tensors."""
+"""Stage 4: scored groups become advantages, and rollouts become packed tensors."""
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
+from cat_grpo.attention import Spans
 from cat_grpo.config import LearnerConfig
-from cat_grpo.grpo import group_advantages
+from cat_grpo.grpo import (
+    constant_weights,
+    group_advantages,
+    k1_kl,
+    k2_kl,
+    k3_kl,
+    sequence_mean_weights,
+    token_mean_weights,
+)
 from cat_grpo.records import ScoredGroup
+
+KL_ESTIMATORS = {"k1": k1_kl, "k2": k2_kl, "k3": k3_kl}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +32,15 @@ class TrainingRow:
     logprobs: tuple[float, ...]
     """The engine's own, at the sampling temperature."""
     advantage: float
+    weight: float
+    """What each of its tokens counts for in the loss of the step."""
+    anchor_logprobs: tuple[float, ...] = ()
+    """Only where the KL is part of the loss."""
+
+    def __post_init__(self) -> None:
+        num_tokens, num_logprobs, num_anchor = map(len, (self.token_ids, self.logprobs, self.anchor_logprobs))
+        if num_tokens != num_logprobs or (num_anchor and num_tokens != num_anchor):
+            raise ValueError(f"{num_tokens} tokens, {num_logprobs} logprobs, {num_anchor} of the anchor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,36 +52,57 @@ class Batch:
     @property
     def with_signal(self) -> tuple[TrainingRow, ...]:
         """The rows whose gradient is not zero. Leaving the others out of the backward pass is exact."""
-        return tuple(row for row in self.rows if row.advantage != 0.0)
+        return tuple(row for row in self.rows if row.advantage != 0.0 or row.anchor_logprobs)
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Prompts padded on the left, completions on the right: they meet at one column."""
+    """Rollouts end to end, T tokens, each prompt once ahead of all its rollouts; N of the tokens are trained.
+
+    A rollout's last token predicts nothing and is not among the T; its first is predicted by its prompt.
+    """
 
     input_ids: Tensor
-    """(B, prompt + completion)."""
-    attention_mask: Tensor
-    """(B, prompt + completion), 0 on padding."""
-    loss_mask: Tensor
-    """(B, completion), True on tokens that the policy sampled."""
+    """(1, T)."""
+    position_ids: Tensor
+    """(1, T), each rollout's as if it stood behind its prompt alone."""
+    spans: tuple[Spans, ...]
+    predictors: Tensor
+    """(N,): the place among the T whose hidden state predicts the token."""
+    token_ids: Tensor
+    """(N,)."""
+    row: Tensor
+    """(N,): the rollout of the micro-batch that the token belongs to."""
     advantages: Tensor
-    """(B, 1)."""
+    """(N,)."""
+    weights: Tensor
+    """(N,)."""
     sampling_logprobs: Tensor
-    """(B, completion), 0 on padding."""
+    """(N,)."""
+    anchor_logprobs: Tensor
+    """(N,), or (0,) where the KL is not part of the loss."""
+    is_idle: bool = False
+    """Computed with for the sake of other ranks, which compute in step: its weights are 0."""
+
+    def idle(self) -> "MicroBatch":
+        return replace(self, weights=torch.zeros_like(self.weights), is_idle=True)
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type is Tensor}
+        return replace(self, spans=tuple(part.to(device) for part in self.spans), **moved)
 
 
 def total_rewards(scored: Sequence[ScoredGroup], kl: Sequence[Sequence[float]], kl_coef: float) -> Tensor:
     """reward - penalty - kl_coef * KL of each rollout: (P, G), float64, NaN where it could not be judged.
 
-    `kl` has one sum over tokens per rollout, in the groups' order; it is not read when kl_coef is 0.
+    `kl` has one estimate per rollout, in the groups' order; where it is empty, none is subtracted.
     """
     return torch.tensor(
         [
             [
                 math.nan
                 if score.reward is None
-                else score.reward - score.penalty - (kl_coef * kl[p][g] if kl_coef else 0.0)
+                else score.reward - score.penalty - (kl_coef * kl[p][g] if kl else 0.0)
                 for g, score in enumerate(group.scores)
             ]
             for p, group in enumerate(scored)
@@ -70,58 +111,134 @@ def total_rewards(scored: Sequence[ScoredGroup], kl: Sequence[Sequence[float]], 
     )
 
 
-def make_batch(scored: Sequence[ScoredGroup], rewards: Tensor, config: LearnerConfig) -> Batch:
-    """The rollouts with a reward, each with its advantage (CaT eq. 5). `rewards` is (P, G), NaN for none."""
+def rollout_kl(
+    policy: Sequence[Sequence[tuple[float, ...]]],
+    anchor: Sequence[Sequence[tuple[float, ...]]],
+    config: LearnerConfig,
+) -> list[list[float]]:
+    """The estimate of KL(policy || anchor) of each rollout, from its tokens' logprobs: (P, G)."""
+    estimate = KL_ESTIMATORS[config.kl_estimator]
+
+    def of_rollout(ours: tuple[float, ...], theirs: tuple[float, ...]) -> float:
+        values = estimate(*(torch.tensor(side, dtype=torch.float64) for side in (ours, theirs)))
+        return (values.sum() / (max(len(ours), 1) if config.kl_over_tokens == "mean" else 1)).item()
+
+    return [
+        [of_rollout(*pair) for pair in zip(*groups, strict=True)]
+        for groups in zip(policy, anchor, strict=True)
+    ]
+
+
+def make_batch(
+    scored: Sequence[ScoredGroup],
+    rewards: Tensor,
+    config: LearnerConfig,
+    max_tokens: int,
+    anchor_logprobs: Sequence[Sequence[tuple[float, ...]]] = (),
+) -> Batch:
+    """The rollouts with a reward, each with its advantage (CaT eq. 5) and what its tokens count for.
+
+    `rewards` is (P, G), NaN for none. `max_tokens` is the most that a rollout may have. `anchor_logprobs`
+    are those of each rollout, in the groups' order, where the KL is part of the loss.
+    """
     advantages = group_advantages(rewards, config.advantage_scale).tolist()
     rows = [
-        TrainingRow(group.group.prompt_token_ids, rollout.token_ids, rollout.logprobs, advantages[p][g])
+        TrainingRow(
+            group.group.prompt_token_ids,
+            rollout.token_ids,
+            rollout.logprobs,
+            advantages[p][g],
+            weight=0.0,
+            anchor_logprobs=anchor_logprobs[p][g] if anchor_logprobs else (),
+        )
         for p, group in enumerate(scored)
         for g, rollout in enumerate(group.group.rollouts)
         if group.scores[g].reward is not None
     ]
-    return Batch(tuple(rows))
+    lengths = torch.tensor([len(row.token_ids) for row in rows])
+    weights = {
+        "sequence": lambda: sequence_mean_weights(lengths, len(rows)),
+        "token": lambda: token_mean_weights(lengths, int(lengths.sum())),
+        "constant": lambda: constant_weights(lengths, len(rows), max_tokens),
+    }[config.mean_over]()
+    return Batch(tuple(replace(row, weight=w) for row, w in zip(rows, weights.tolist(), strict=True)))
 
 
-def micro_batches(rows: Sequence[TrainingRow], max_tokens: int, pad_token_id: int) -> Iterator[MicroBatch]:
-    """The rows, longest first, in batches of at most `max_tokens` positions with padding.
+def micro_batches(rows: Sequence[TrainingRow], max_tokens: int) -> Iterator[MicroBatch]:
+    """The rows, those of one prompt together, in packs of at most `max_tokens` tokens.
 
     ValueError for a row that is longer than that by itself.
     """
-    batch: list[TrainingRow] = []
-    for row in sorted(rows, key=lambda row: -len(row.prompt_token_ids) - len(row.token_ids)):
-        if len(row.prompt_token_ids) + len(row.token_ids) > max_tokens:
-            raise ValueError(
-                f"learner.micro_batch_tokens: {max_tokens} holds no rollout of "
-                f"{len(row.prompt_token_ids)} + {len(row.token_ids)} tokens"
-            )
-        if batch and _padded_size([*batch, row]) > max_tokens:
-            yield _pad(batch, pad_token_id)
-            batch = []
-        batch.append(row)
-    if batch:
-        yield _pad(batch, pad_token_id)
+    groups: dict[tuple[int, ...], list[TrainingRow]] = {}
+    for row in rows:
+        groups.setdefault(row.prompt_token_ids, []).append(row)
+    pack: dict[tuple[int, ...], list[TrainingRow]] = {}
+    size = 0
+    for prompt, members in groups.items():
+        whole = len(prompt) + sum(_own_length(row) for row in members)
+        if pack and size + whole > max_tokens >= whole:  # a group that can stay whole does
+            yield _pack(pack)
+            pack, size = {}, 0
+        for row in members:
+            if len(prompt) + _own_length(row) > max_tokens:
+                raise ValueError(
+                    f"learner.micro_batch_tokens: {max_tokens} holds no rollout of "
+                    f"{len(prompt)} + {len(row.token_ids)} tokens"
+                )
+            if size + _own_length(row) + (0 if prompt in pack else len(prompt)) > max_tokens:
+                yield _pack(pack)
+                pack, size = {}, 0
+            size += _own_length(row) + (0 if prompt in pack else len(prompt))
+            pack.setdefault(prompt, []).append(row)
+    if pack:
+        yield _pack(pack)
 
 
-def _padded_size(rows: Sequence[TrainingRow]) -> int:
-    width = max(len(row.prompt_token_ids) for row in rows) + max(len(row.token_ids) for row in rows)
-    return len(rows) * width
+def _own_length(row: TrainingRow) -> int:
+    return max(len(row.token_ids) - 1, 0)
 
 
-def _pad(rows: Sequence[TrainingRow], pad_token_id: int) -> MicroBatch:
-    longest_prompt = max(len(row.prompt_token_ids) for row in rows)
-    longest = max(len(row.token_ids) for row in rows)
-    input_ids = torch.full((len(rows), longest_prompt + longest), pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    sampling_logprobs = torch.zeros(len(rows), longest)
-    for i, row in enumerate(rows):
-        start, end = longest_prompt - len(row.prompt_token_ids), longest_prompt + len(row.token_ids)
-        input_ids[i, start:end] = torch.tensor(row.prompt_token_ids + row.token_ids)
-        attention_mask[i, start:end] = 1
-        sampling_logprobs[i, : len(row.token_ids)] = torch.tensor(row.logprobs)
+def _pack(groups: dict[tuple[int, ...], list[TrainingRow]]) -> MicroBatch:
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    predictors: list[int] = []
+    spans: list[Spans] = []
+    prompt_starts: list[int] = []
+    for prompt, members in groups.items():
+        prompt_starts.append(len(input_ids))
+        prompt_end = len(input_ids) + len(prompt)
+        input_ids += prompt
+        position_ids += range(len(prompt))
+        starts: list[int] = []
+        for row in members:
+            start, own = len(input_ids), _own_length(row)
+            predictors += [prompt_end - 1, *range(start, start + own)][: len(row.token_ids)]
+            input_ids += row.token_ids[:own]
+            position_ids += range(len(prompt), len(prompt) + own)
+            starts.append(start)
+        with_tokens = [
+            (s, _own_length(row)) for s, row in zip(starts, members, strict=True) if _own_length(row)
+        ]
+        if with_tokens:
+            own_starts, own_lengths = zip(*with_tokens, strict=True)
+            spans.append(Spans.of(own_starts, own_lengths, slice(prompt_starts[-1], prompt_end)))
+    prompts = Spans.of(prompt_starts, [len(prompt) for prompt in groups])
+    rows = [row for members in groups.values() for row in members]
     return MicroBatch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        loss_mask=attention_mask[:, longest_prompt:].bool(),
-        advantages=torch.tensor([[row.advantage] for row in rows]),
-        sampling_logprobs=sampling_logprobs,
+        input_ids=torch.tensor([input_ids]),
+        position_ids=torch.tensor([position_ids]),
+        spans=(prompts, *spans),
+        predictors=torch.tensor(predictors),
+        token_ids=torch.tensor([token for row in rows for token in row.token_ids]),
+        row=torch.tensor([i for i, row in enumerate(rows) for _ in row.token_ids]),
+        advantages=_per_token([row.advantage for row in rows], rows),
+        weights=_per_token([row.weight for row in rows], rows),
+        sampling_logprobs=torch.tensor([x for row in rows for x in row.logprobs], dtype=torch.float64),
+        anchor_logprobs=torch.tensor([x for row in rows for x in row.anchor_logprobs], dtype=torch.float64),
+    )
+
+
+def _per_token(values: Sequence[float], rows: Sequence[TrainingRow]) -> Tensor:
+    return torch.tensor(
+        [value for value, row in zip(values, rows, strict=True) for _ in row.token_ids], dtype=torch.float64
     )

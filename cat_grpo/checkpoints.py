@@ -6,17 +6,22 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from cat_grpo.learner import Learner
+from cat_grpo.lora import load_merged
 from cat_grpo.rundir import write_whole
 
 CARD = "cat_grpo.json"
 """Beside the weights: the settings that the model was trained to be asked with, its anchor, its step."""
-STATE = "optimizer.pt"
+
+
+class Trained(Protocol):
+    """What a checkpoint is of: the learner, in one process or many."""
+
+    def save(self, folder: Path) -> None: ...
+    def restore(self, folder: Path) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +31,7 @@ class Checkpoints:
     folder: Path
 
     def save(
-        self, step: int, learner: Learner, tokenizer: PreTrainedTokenizerBase, card: Mapping, best: bool
+        self, step: int, learner: Trained, tokenizer: PreTrainedTokenizerBase, card: Mapping, best: bool
     ) -> Path:
         """Everything after `step` finished steps. All older ones but the best go.
 
@@ -35,9 +40,8 @@ class Checkpoints:
         final = self.folder / f"{step:06d}"
         temporary = self.folder / f".{step:06d}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        learner.model.save_pretrained(temporary)
+        learner.save(temporary)
         tokenizer.save_pretrained(temporary)
-        torch.save(learner.optimizer_state(), temporary / STATE)
         write_whole(temporary / CARD, json.dumps({**card, "step": step}, indent=2))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
@@ -51,12 +55,9 @@ class Checkpoints:
         latest = self.folder / "latest"
         return int(latest.resolve().name) if latest.exists() else 0
 
-    def restore(self, learner: Learner) -> None:
+    def restore(self, learner: Trained) -> None:
         """The weights and the optimizer of `latest`."""
-        latest = self.folder / "latest"
-        loaded = AutoModelForCausalLM.from_pretrained(latest, dtype=learner.model.dtype)
-        learner.model.load_state_dict(loaded.state_dict())
-        learner.load_optimizer_state(torch.load(latest / STATE, map_location=learner.model.device))
+        learner.restore(self.folder / "latest")
 
     def _link(self, name: str, target: Path) -> None:
         temporary = self.folder / f".{name}.tmp"
@@ -85,7 +86,7 @@ def export_model(checkpoint: Path, out: Path, dtype: Literal["float32", "bfloat1
         raise ValueError(f"{out}: is there already")
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).save_pretrained(temporary)
+    load_merged(checkpoint, dtype).save_pretrained(temporary)
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(temporary)
     os.replace(temporary, out)
     return out

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Equivalence = Literal["math", "string"]
 
@@ -119,17 +119,59 @@ class LearnerConfig(Section):
     advantage_scale: Literal["group", "batch", "none"] = "group"
     """Divide centred rewards by the standard deviation of their group (GRPO), of the whole batch, or by
     nothing (Dr. GRPO)."""
+    mean_over: Literal["sequence", "token", "constant"] = "sequence"
+    """Every rollout counts the same, whatever its length (GRPO); every token of the step does (DAPO); or a
+    token is one over group_size x max_tokens, whatever was sampled (Dr. GRPO)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """The importance ratio of the policy to its past self, of each token, or of whole rollouts (GSPO)."""
+    surrogate: Literal["clipped", "cispo"] = "clipped"
+    """PPO's clip, which takes the gradient of far tokens away, or CISPO's, which only bounds their weight."""
     clip_low: float = Field(default=0.2, ge=0.0, le=1.0)
     """The importance ratio is clipped below 1 - clip_low."""
     clip_high: float = Field(default=0.2, ge=0.0)
     """The importance ratio is clipped above 1 + clip_high."""
     kl_coef: float = Field(default=1e-3, ge=0.0)
-    """Times the k1 estimate of KL(policy || anchor), summed over a rollout's tokens, subtracted from its
-    reward. 0 needs no anchor pass."""
+    """Times the estimate of KL(policy || anchor). 0 needs no anchor pass."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Subtract the KL from a rollout's reward, as the paper does, or add it to the loss of its tokens."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """The estimate of a token's KL, by Schulman's names. k1 has the right gradient in the reward; in the
+    loss k2 has, k3 nearly, and k1 none."""
+    kl_over_tokens: Literal["sum", "mean"] = "sum"
+    """Of a rollout's tokens, where the KL is in the reward."""
+    importance: Literal["none", "token", "sequence"] = "none"
+    """Weigh tokens, or whole rollouts, by the learner's probability over the engine's: for engines whose
+    logprobs differ from the learner's. Off where rollout.top_p or top_k cut the engine's distribution."""
+    importance_cap: float = Field(default=2.0, gt=0.0)
+    """No weight above this."""
+    lora_rank: int = Field(default=0, ge=0)
+    """Train adapters of this rank (LoRA) beside the frozen weights; 0 trains the weights. The anchor is then
+    the policy with its adapters off, and needs no memory of its own."""
+    lora_alpha: int = Field(default=32, ge=1)
+    """Adapters count lora_alpha / lora_rank."""
     updates_per_step: int = Field(default=1, ge=1)
     """Optimizer updates on each batch of rollouts."""
     micro_batch_tokens: int = Field(default=16384, ge=64)
-    """Most positions, padding included, in one backward pass. It never changes the gradient."""
+    """Most tokens in one backward pass. It never changes the gradient."""
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Keep each layer's input alone and compute the rest again in the backward pass: a third more time, for
+    when the activations of a micro-batch do not fit. auto: on when they do not."""
+
+    num_ranks: int = Field(default=1, ge=1)
+    """Processes that the learner's weights are spread over, each with a GPU where there are any: Ray actors,
+    on this machine or on the cluster that RAY_ADDRESS names. 1: none but this one."""
+
+    @model_validator(mode="after")
+    def _ranks_train_whole_weights(self) -> "LearnerConfig":
+        if self.lora_rank and self.num_ranks > 1:
+            raise ValueError("lora_rank: adapters are trained on 1 rank, not num_ranks > 1")
+        return self
+
+    @model_validator(mode="after")
+    def _kl_has_a_gradient(self) -> "LearnerConfig":
+        if self.kl_coef and self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ValueError("kl_estimator k1 has no gradient in the loss on average: k2 or k3")
+        return self
 
 
 class TrainConfig(Section):
@@ -173,6 +215,12 @@ class Config(Section):
     reward: RewardConfig = Field(default=RewardConfig(), title="Rewards")
     learner: LearnerConfig = Field(default=LearnerConfig(), title="Learner")
     train: TrainConfig = Field(default=TrainConfig(), title="Training")
+
+    @model_validator(mode="after")
+    def _anchor_and_policy_are_compared_alike(self) -> "Config":
+        if self.learner.kl_coef and self.learner.kl_in == "loss" and self.rollout.temperature != 1.0:
+            raise ValueError("learner.kl_in: loss needs rollout.temperature 1, at which the anchor is scored")
+        return self
 
 
 def preset_names() -> list[str]:

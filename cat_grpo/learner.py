@@ -2,15 +2,36 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cat_grpo.batches import Batch, MicroBatch, TrainingRow, micro_batches
+from cat_grpo import grpo
+from cat_grpo.activations import OPTIMIZER_BYTES, free_bytes, keep_layer_inputs_only, kept_bytes
+from cat_grpo.attention import packed
+from cat_grpo.batches import KL_ESTIMATORS, Batch, MicroBatch, TrainingRow, micro_batches
 from cat_grpo.config import LearnerConfig
-from cat_grpo.grpo import clipped_surrogate, is_clipped, sequence_mean, token_entropy, token_logprobs
+from cat_grpo.head import head_bytes, head_logprobs, head_loss
+from cat_grpo.lora import ADAPTER_WEIGHTS, load_adapters
+
+OPTIMIZER = "optimizer.pt"
+"""The file of a checkpoint that has the optimizer's state."""
+RATIOS = {"token": grpo.token_ratio, "sequence": grpo.sequence_ratio}
+SURROGATES = {"clipped": grpo.clipped_surrogate, "cispo": grpo.cispo_surrogate}
+IMPORTANCE = {
+    "none": grpo.no_importance,
+    "token": grpo.token_importance,
+    "sequence": grpo.sequence_importance,
+}
+
+PACKING_TOLERANCE, HALF_PACKING_TOLERANCE = 1e-2, 0.25
+"""In nats: above the rounding of float32 and of bfloat16, below what another attention or head makes."""
 
 
 class NotFiniteError(ArithmeticError):
@@ -18,119 +39,220 @@ class NotFiniteError(ArithmeticError):
 
 
 class Learner:
-    """Float32 weights and AdamW, whatever the dtype that the model computes in."""
+    """AdamW on a model's weights that are not frozen: in float32, whatever dtype it computes in."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         config: LearnerConfig,
         temperature: float,
-        pad_token_id: int,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.model = model
+        """ValueError for a model that cannot be trained in packs."""
+        self.model: Any = model  # transformers' types know neither decoder nor head
         self._compute_dtype = compute_dtype
         self._config = config
         self._temperature = temperature
-        self._pad_token_id = pad_token_id
+        self._check_packing()
+        checkpointing = config.gradient_checkpointing
+        if checkpointing == "on" or (checkpointing == "auto" and not self._fits()):
+            keep_layer_inputs_only(model)
+        self._prepare()
+        self._weights = [weight for weight in model.parameters() if weight.requires_grad]
         self._optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            self._weights, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
 
     def update(self, batch: Batch) -> dict[str, float]:
         """`updates_per_step` optimizer updates on the batch; the metrics are means over them.
 
-        Raises NotFiniteError before an update that would spoil the weights.
+        Raises NotFiniteError before an update that would spoil the weights, and ValueError for a batch
+        without rows, with a row that fits into no micro-batch, or with tokens that the model does not have.
         """
+        if not batch.rows:
+            raise ValueError("a batch of 0 rollouts")
+        self._check_vocabulary(batch.rows)
         rows = batch.with_signal
         metrics = {"rows": float(len(batch.rows)), "rows_with_signal": float(len(rows))}
         if not rows:
             return metrics
-        chunks = list(micro_batches(rows, self._config.micro_batch_tokens, self._pad_token_id))
-        old_logprobs = self._old_logprobs(chunks)
-        updates = [
-            self._update_once(chunks, old_logprobs, batch) for _ in range(self._config.updates_per_step)
-        ]
+        chunks = [chunk.to(self.model.device) for chunk in self._chunks(rows)]
+        # The policy before the step is the policy of the first forward pass: it needs none of its own.
+        old_logprobs: list[Tensor | None] = [None] * len(chunks)
+        updates = []
+        with packed(self.model):
+            for _ in range(self._config.updates_per_step):
+                update, logprobs = self._update_once(chunks, old_logprobs)
+                old_logprobs = [
+                    new if old is None else old for old, new in zip(old_logprobs, logprobs, strict=True)
+                ]
+                updates.append(update)
         return metrics | {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
 
-    def optimizer_state(self) -> dict[str, Any]:
-        return self._optimizer.state_dict()
+    def save(self, folder: Path) -> None:
+        """What is trained, for `from_pretrained`, and the optimizer's state."""
+        self.model.save_pretrained(folder)
+        torch.save(self._optimizer.state_dict(), folder / OPTIMIZER)
 
-    def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state)
+    def restore(self, folder: Path) -> None:
+        """What `save` has left there, bit for bit."""
+        if (folder / ADAPTER_WEIGHTS).exists():
+            load_adapters(self.model, folder)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=self.model.dtype)
+            self.model.load_state_dict(loaded.state_dict())
+        self._optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location=self.model.device))
 
-    def _old_logprobs(self, chunks: Sequence[MicroBatch]) -> Sequence[Tensor | None]:
-        """The policy before this step. With one update it is the policy of the forward pass itself."""
-        if self._config.updates_per_step == 1:
-            return [None] * len(chunks)
-        with torch.no_grad():
-            return [token_logprobs(*self._predictions(chunk), self._temperature) for chunk in chunks]
+    def close(self) -> None:
+        """Nothing here; a learner on many ranks ends them."""
+
+    def _prepare(self) -> None:
+        """For the model that is to be trained; after it the optimizer takes its weights."""
+
+    def _chunks(self, rows: Sequence[TrainingRow]) -> list[MicroBatch]:
+        return list(micro_batches(rows, self._config.micro_batch_tokens))
+
+    def _total(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of all ranks, of which there is one."""
+        return sums
 
     def _update_once(
-        self, chunks: Sequence[MicroBatch], old_logprobs: Sequence[Tensor | None], batch: Batch
-    ) -> dict[str, float]:
-        sums: dict[str, float] = {}
+        self, chunks: Sequence[MicroBatch], old_logprobs: Sequence[Tensor | None]
+    ) -> tuple[dict[str, float], list[Tensor]]:
+        """Metrics of one optimizer update, and each chunk's logprobs before it."""
+        sums: dict[str, Tensor] = {}
+        seen = []
         for chunk, old in zip(chunks, old_logprobs, strict=True):
-            loss, chunk_sums = self._loss(chunk, old, num_sequences=len(batch.rows))
-            if not math.isfinite(loss.item()):
-                self._optimizer.zero_grad()
-                raise NotFiniteError(f"the loss is {loss.item()}")
+            loss, logprobs, entropy = self._loss(chunk, old)
             loss.backward()
-            for name, value in (chunk_sums | {"loss": loss.item()}).items():
-                sums[name] = sums.get(name, 0.0) + value
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm).item()
-        if not math.isfinite(grad_norm):
-            self._optimizer.zero_grad()
-            raise NotFiniteError(f"the gradient's norm is {grad_norm}")
+            seen.append(logprobs)
+            parts = {"loss": loss.detach(), **self._sums(chunk, logprobs, old, entropy)}
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + value * (not chunk.is_idle)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self._weights, self._config.max_grad_norm)
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
+        sums = self._total(sums) | {"grad_norm": grad_norm}
+        figures = {name: value.item() for name, value in sums.items()}
+        for name, what in (("loss", "the loss"), ("grad_norm", "the gradient's norm")):
+            if not math.isfinite(figures[name]):
+                self._optimizer.zero_grad()
+                raise NotFiniteError(f"{what} is {figures[name]}")
         self._optimizer.step()
         self._optimizer.zero_grad()
-        num_tokens = sums.pop("tokens")
-        loss_sum = sums.pop("loss")
-        per_token = {name: value / num_tokens for name, value in sums.items()}
-        return {"loss": loss_sum, "grad_norm": grad_norm, "tokens": num_tokens, **per_token}
+        of_step = {"loss", "grad_norm", "tokens"}
+        return {
+            name: value if name in of_step else value / figures["tokens"] for name, value in figures.items()
+        }, seen
 
-    def _loss(
-        self, chunk: MicroBatch, old_logprobs: Tensor | None, num_sequences: int
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The negated objective of one micro-batch (CaT eq. 6) and sums over its tokens of what to report."""
-        logits, token_ids = self._predictions(chunk)
-        logprobs = token_logprobs(logits, token_ids, self._temperature)  # (B, T)
-        old = logprobs.detach() if old_logprobs is None else old_logprobs
-        mask, advantages = chunk.loss_mask.to(logits.device), chunk.advantages.to(logits.device)
-        clip = (self._config.clip_low, self._config.clip_high)
-        surrogate = clipped_surrogate(logprobs, old, advantages, *clip)
-        with torch.no_grad():
-            gap = (logprobs - chunk.sampling_logprobs.to(logits.device)).abs()
-            sums = {
-                "tokens": mask.sum().item(),
-                "entropy": token_entropy(logits, self._temperature)[mask].sum().item(),
-                "clip_frac": is_clipped(logprobs, old, advantages, *clip)[mask].sum().item(),
-                "sampler_gap": gap[mask].sum().item(),
-            }
-        return -sequence_mean(surrogate, mask, num_sequences), sums
+    def _loss(self, chunk: MicroBatch, old_logprobs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The chunk's part of the loss, and of its tokens the logprobs and the entropy."""
+        return head_loss(
+            self._hidden(chunk),
+            self._head,
+            chunk.token_ids,
+            partial(self._objective, chunk, old_logprobs),
+            self._temperature,
+            separable="sequence" not in (self._config.ratio, self._config.importance),
+        )
 
-    def _predictions(self, chunk: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Logits (B, T, V) that predict the completion's tokens, and those tokens (B, T)."""
-        device = self.model.device
-        input_ids, attention_mask = chunk.input_ids.to(device), chunk.attention_mask.to(device)
-        length = chunk.loss_mask.shape[1]
+    @property
+    def _head(self) -> Tensor:
+        return self.model.get_output_embeddings().weight
+
+    def _hidden(self, chunk: MicroBatch) -> Tensor:
+        """The states that predict the chunk's tokens: (N, H)."""
+        with self._autocast():
+            output = self.model.get_decoder()(
+                input_ids=chunk.input_ids, position_ids=chunk.position_ids, spans=chunk.spans, use_cache=False
+            )
+        return output.last_hidden_state[0, chunk.predictors]
+
+    def _autocast(self) -> torch.autocast:
         is_lower = self._compute_dtype != torch.float32
-        with torch.autocast(device.type, self._compute_dtype, enabled=is_lower):
-            logits = self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
-                logits_to_keep=length + 1,
-                use_cache=False,
-            ).logits
-        return logits[:, :-1], input_ids[:, -length:]
+        return torch.autocast(self.model.device.type, self._compute_dtype, enabled=is_lower)
+
+    def _example(self, *completions: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Completions of one prompt in a pack: the states of `_hidden`, and the tokens that they predict."""
+        rows = [TrainingRow((1, 2, 3), tuple(ids), (0.0,) * len(ids), 1.0, 1.0) for ids in completions]
+        (chunk,) = micro_batches(rows, sum(map(len, completions)) + 3)
+        chunk = chunk.to(self.model.device)
+        with packed(self.model):
+            return self._hidden(chunk), chunk.token_ids
+
+    def _fits(self) -> bool:
+        """Whether what a micro-batch keeps for its backward pass fits beside gradients and optimizer."""
+        few, many = (kept_bytes(self.model, partial(self._example, [1] * n)) for n in (16, 48))
+        activations = self._config.micro_batch_tokens * (many - few) / (48 - 16)
+        trained = [weight.numel() for weight in self.model.parameters() if weight.requires_grad]
+        optimizer = OPTIMIZER_BYTES * sum(trained) / self._config.num_ranks
+        return activations + head_bytes(self._head) + optimizer < free_bytes(self.model.device)
+
+    def _check_vocabulary(self, rows: Sequence[TrainingRow]) -> None:
+        largest = max(max(row.prompt_token_ids + row.token_ids) for row in rows)
+        if largest >= (size := self.model.get_input_embeddings().weight.shape[0]):
+            raise ValueError(f"token {largest} from the engine, and the learner's vocabulary has {size}")
+
+    @torch.no_grad()
+    def _check_packing(self) -> None:
+        """ValueError for a model that predicts otherwise in a pack: one with recurrent layers, say, or with
+        a bias or a scale after its head."""
+        completions = (1, 4, 5), (2, 4, 5)
+        hidden, token_ids = self._example(*completions)
+        ours = head_logprobs(hidden, self._head, token_ids)
+        ids = torch.tensor([(1, 2, 3, *completion) for completion in completions], device=self.model.device)
+        with self._autocast():
+            logits = self.model(ids, use_cache=False).logits[:, 2:-1]
+        gap = (ours - grpo.token_logprobs(logits, ids[:, 3:]).flatten()).abs().max().item()
+        is_half = self._compute_dtype != torch.float32
+        if not gap < (HALF_PACKING_TOLERANCE if is_half else PACKING_TOLERANCE):
+            kind = self.model.config.model_type
+            raise ValueError(
+                f"model of type {kind}: packed, its logprobs are {gap:.2g} off: it cannot be trained"
+            )
+
+    def _objective(
+        self, chunk: MicroBatch, old_logprobs: Tensor | None, logprobs: Tensor, at: slice
+    ) -> Tensor:
+        """The part of the loss that the tokens `at` of the chunk have."""
+        config = self._config
+        old = logprobs.detach() if old_logprobs is None else old_logprobs[at]
+        advantages, weights, sampling, anchor = (
+            values[at].to(logprobs.dtype)
+            for values in (chunk.advantages, chunk.weights, chunk.sampling_logprobs, chunk.anchor_logprobs)
+        )
+        return grpo.policy_loss(
+            logprobs,
+            old,
+            advantages,
+            weights,
+            row := chunk.row[at],
+            ratio=RATIOS[config.ratio],
+            surrogate=SURROGATES[config.surrogate],
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            importance=IMPORTANCE[config.importance](old, sampling, row, config.importance_cap),
+            kl=config.kl_coef * KL_ESTIMATORS[config.kl_estimator](logprobs, anchor) if len(anchor) else 0.0,
+        )
+
+    def _sums(
+        self, chunk: MicroBatch, logprobs: Tensor, old_logprobs: Tensor | None, entropy: Tensor
+    ) -> dict[str, Tensor]:
+        """What to report, summed over the chunk's tokens."""
+        old = logprobs if old_logprobs is None else old_logprobs
+        ratio = RATIOS[self._config.ratio](logprobs, old, chunk.row)
+        clipped = grpo.is_clipped(ratio, chunk.advantages, self._config.clip_low, self._config.clip_high)
+        kl = {}
+        if len(chunk.anchor_logprobs):
+            kl["kl"] = KL_ESTIMATORS[self._config.kl_estimator](logprobs, chunk.anchor_logprobs).sum()
+        return kl | {
+            "tokens": torch.tensor(len(chunk.token_ids), device=logprobs.device),
+            "entropy": entropy.sum(),
+            "clip_frac": clipped.sum(),
+            "sampler_gap": (logprobs - chunk.sampling_logprobs).abs().sum(),
+        }
 
 
 def set_aside(rows: Sequence[TrainingRow]) -> dict[str, Any]:
     """A batch in plain values, for the file that a stopped run leaves behind."""
-    return {
-        "rows": [
-            {name: getattr(row, name) for name in ("prompt_token_ids", "token_ids", "logprobs", "advantage")}
-            for row in rows
-        ]
-    }
+    return {"rows": [asdict(row) for row in rows]}

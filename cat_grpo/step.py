@@ -10,19 +10,20 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cat_grpo.batches import make_batch, total_rewards
+from cat_grpo.batches import make_batch, rollout_kl, total_rewards
 from cat_grpo.checkpoints import Checkpoints
 from cat_grpo.config import Config
 from cat_grpo.data import load_problems
 from cat_grpo.engines import Engine, Engines
-from cat_grpo.engines.hf import HFEngine, load_model_and_tokenizer, resolve_dtype
+from cat_grpo.engines.hf import HFEngine, load_model_and_tokenizer, model_folder, resolve_dtype
 from cat_grpo.evaluate import LabelledProblem, evaluate, load_labelled
 from cat_grpo.learner import Learner, NotFiniteError, set_aside
+from cat_grpo.lora import add_adapters
 from cat_grpo.metrics import Metrics, mean, step_metrics
 from cat_grpo.records import Problem, ScoredGroup
 from cat_grpo.references import estimate_references
@@ -30,6 +31,9 @@ from cat_grpo.rewards import score_groups
 from cat_grpo.rollouts import generate_rollouts
 from cat_grpo.rundir import RunDir, problems_of_step, rollout_keys
 from cat_grpo.selection import SCORE, alarm, is_best, label_free_score
+
+if TYPE_CHECKING:
+    from cat_grpo.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +51,7 @@ class Loop:
     problems: Sequence[Problem]
     validation: Sequence[LabelledProblem]
     engines: Engines
-    learner: Learner
+    learner: "Learner | Ranks"
     tokenizer: PreTrainedTokenizerBase
     checkpoints: Checkpoints
 
@@ -110,13 +114,17 @@ class Loop:
         """Stages 4 and 5 on all shards of the step, and its line of metrics."""
         started = time.monotonic()
         scored = self.run.read_step(step)
-        kl = await self._kl(scored) if self.config.learner.kl_coef else []
-        rewards = total_rewards(scored, kl, self.config.learner.kl_coef)
-        batch = make_batch(scored, rewards, self.config.learner)
+        config = self.config.learner
+        anchor = await self._logprobs(self.engines.anchor, scored) if config.kl_coef else []
+        kl: list[list[float]] = []
+        if anchor and config.kl_in == "reward":  # and then not in the loss
+            kl, anchor = rollout_kl(await self._logprobs(self.engines.policy, scored), anchor, config), []
+        rewards = total_rewards(scored, kl, config.kl_coef)
+        batch = make_batch(scored, rewards, config, self.config.rollout.max_tokens, anchor)
         try:
             if not all(math.isfinite(value) for group in kl for value in group):
                 raise NotFiniteError("the KL is not finite")  # as a reward it would pass for a missing one
-            update = await asyncio.to_thread(self.learner.update, batch)
+            update = await asyncio.to_thread(self.learner.update, batch) if batch.rows else {"rows": 0.0}
         except NotFiniteError as error:
             path = self.run.step_folder(step) / "rejected_batch.pt"
             torch.save(set_aside(batch.rows), path)
@@ -144,6 +152,7 @@ class Loop:
             id(e): e for e in (self.engines.policy, self.engines.anchor, self.engines.judge)
         }.values():
             await engine.close()
+        self.learner.close()
 
     async def _selection_metrics(self, history: Sequence[Metrics]) -> Metrics:
         if not self.validation:
@@ -152,16 +161,13 @@ class Loop:
         scores = [figures[name] for name in ("pass@1", "points_f1") if name in figures]
         return {SCORE: mean(scores)} | {f"validation/{name}": value for name, value in figures.items()}
 
-    async def _kl(self, scored: Sequence[ScoredGroup]) -> list[list[float]]:
-        """k1 estimates of KL(policy || anchor) at temperature 1, summed over a rollout's tokens: (P, G)."""
+    async def _logprobs(self, engine: Engine, scored: Sequence[ScoredGroup]) -> list[list[tuple[float, ...]]]:
+        """The engine's logprobs of the rollouts' tokens, at temperature 1: (P, G)."""
         rollouts = [
             (s.group.prompt_token_ids, rollout.token_ids) for s in scored for rollout in s.group.rollouts
         ]
-        prompts, completions = zip(*rollouts, strict=True)
-        policy = await self.engines.policy.score(prompts, completions)
-        anchor = await self.engines.anchor.score(prompts, completions)
-        sums = iter(sum(p) - sum(a) for p, a in zip(policy, anchor, strict=True))
-        return [[next(sums) for _ in s.group.rollouts] for s in scored]
+        logprobs = iter(await engine.score(*zip(*rollouts, strict=True)))
+        return [[next(logprobs) for _ in s.group.rollouts] for s in scored]
 
 
 def open_loop(config: Config, run_path: Path) -> Loop:
@@ -172,22 +178,35 @@ def open_loop(config: Config, run_path: Path) -> Loop:
         if config.train.validation
         else []
     )
-    model, tokenizer = load_model_and_tokenizer(config.model, torch.float32)
-    anchor: Engine = HFEngine.open(config.model)
+    lora_rank = config.learner.lora_rank
+    # Weights that are trained are kept in float32; beside adapters they are only computed with.
+    model, tokenizer = load_model_and_tokenizer(config.model, None if lora_rank else torch.float32)
+    if lora_rank:
+        add_adapters(model, lora_rank, config.learner.lora_alpha, config.train.seed)
+    policy = HFEngine(model, tokenizer, config.model)
+    anchor: Engine = policy.without_adapters() if lora_rank else HFEngine.open(config.model)
     judge = HFEngine.open(config.judge) if config.judge else anchor
     run = RunDir.open(run_path, config, problems)
-    learner = Learner(
-        model,
-        config.learner,
-        config.rollout.temperature,
-        cast(int, tokenizer.pad_token_id),
-        resolve_dtype(config.model),
-    )
+    learner = _open_learner(model, config)
     checkpoints = Checkpoints(run.checkpoints)
     if checkpoints.latest_step():
         checkpoints.restore(learner)
-    engines = Engines(HFEngine(model, tokenizer, config.model), anchor, judge)
+    engines = Engines(policy, anchor, judge)
     return Loop(config, run, problems, validation, engines, learner, tokenizer, checkpoints)
+
+
+def _open_learner(model: PreTrainedModel, config: Config) -> "Learner | Ranks":
+    dtype, learner = resolve_dtype(config.model), config.learner
+    if learner.importance != "none" and (config.rollout.top_p < 1.0 or config.rollout.top_k):
+        log.warning("learner.importance is off: rollout.top_p and top_k cut what the engine sampled from")
+        learner = learner.model_copy(update={"importance": "none"})
+    if learner.num_ranks == 1:
+        return Learner(model, learner, config.rollout.temperature, dtype)
+    try:
+        from cat_grpo.ranks import Ranks
+    except ImportError as error:
+        raise ValueError("learner.num_ranks: needs Ray, pip install 'cat_grpo[ray]'") from error
+    return Ranks(model, model_folder(config.model.path), learner, config.rollout.temperature, dtype)
 
 
 async def train_step(loop: Loop, step: int, wrap: Wrap = lambda stage: stage) -> Metrics:

@@ -1,18 +1,25 @@
-"""From scored groups to padded tensors: the layout by hand, the budget, and who is left out."""
+"""From scored groups to packed tensors: the layout by hand, the budget, and who is left out."""
 
 import math
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
-from cat_grpo.batches import Batch, MicroBatch, TrainingRow, make_batch, micro_batches, total_rewards
+from cat_grpo.batches import (
+    Batch,
+    MicroBatch,
+    TrainingRow,
+    make_batch,
+    micro_batches,
+    rollout_kl,
+    total_rewards,
+)
 from cat_grpo.config import LearnerConfig
 from cat_grpo.records import Completion, Group, Problem, Reference, RolloutScore, ScoredGroup
-
-PAD = 0
 
 
 def scored_group(rewards: Sequence[float | None], penalties: Sequence[float] = ()) -> ScoredGroup:
@@ -28,91 +35,121 @@ def scored_group(rewards: Sequence[float | None], penalties: Sequence[float] = (
     )
 
 
-def random_rows(seed: int, num: int = 60) -> list[TrainingRow]:
+def row_of(prompt: Sequence[int], completion: Sequence[int], advantage: float = 1.0) -> TrainingRow:
+    """A row whose every token has its own logprob."""
+    logprobs = tuple(-0.1 * (i + 1) for i in range(len(completion)))
+    return TrainingRow(tuple(prompt), tuple(completion), logprobs, advantage, weight=0.25)
+
+
+def random_rows(seed: int, num_groups: int = 12, group_size: int = 5) -> list[TrainingRow]:
     rng = random.Random(seed)
     rows = []
-    for _ in range(num):
-        prompt = tuple(rng.choices(range(1, 50), k=rng.randint(1, 30)))
-        completion = tuple(rng.choices(range(1, 50), k=rng.randint(1, 20)))
-        rows.append(TrainingRow(prompt, completion, tuple(-rng.random() for _ in completion), rng.random()))
+    for _ in range(num_groups):
+        prompt = rng.choices(range(1, 50), k=rng.randint(1, 30))
+        for _ in range(group_size):
+            completion = rng.choices(range(1, 50), k=rng.randint(1, 20))
+            rows.append(replace(row_of(prompt, completion, rng.gauss(0, 1)), weight=rng.random()))
     return rows
 
 
-def unpadded(batch: MicroBatch) -> list[tuple]:
-    """The rows that a micro-batch was made of, read back from its masks."""
-    width = batch.input_ids.shape[1] - batch.loss_mask.shape[1]
-    rows = []
-    for i in range(len(batch.input_ids)):
-        prompt = batch.input_ids[i, :width][batch.attention_mask[i, :width].bool()]
-        completion = batch.input_ids[i, width:][batch.loss_mask[i]]
-        logprobs = batch.sampling_logprobs[i][batch.loss_mask[i]]
-        rows.append((*map(tuple, (prompt.tolist(), completion.tolist(), logprobs.tolist())),))
-    return rows
+def unpacked(batch: MicroBatch) -> list[tuple]:
+    """(prompt, completion, logprobs, advantage, weight) of each rollout, read back from the pack.
+
+    The prompt is the span that the place ahead of the first token ends: its positions count from 0.
+    """
+    found = []
+    for row in range(int(batch.row.max()) + 1):
+        of_row = batch.row == row
+        end = int(batch.predictors[of_row][0]) + 1
+        start = end - 1 - int(batch.position_ids[0, end - 1])
+        (advantage,), (weight,) = (set(x[of_row].tolist()) for x in (batch.advantages, batch.weights))
+        found.append(
+            (
+                tuple(batch.input_ids[0, start:end].tolist()),
+                tuple(batch.token_ids[of_row].tolist()),
+                tuple(batch.sampling_logprobs[of_row].tolist()),
+                advantage,
+                weight,
+            )
+        )
+    return found
 
 
 def test_the_layout_by_hand():
-    rows = [
-        TrainingRow((4,), (3, 2, 1), (-0.1, -0.2, -0.3), -1.0),
-        TrainingRow((5, 6, 7), (8, 9), (-0.5, -0.6), 2.0),
+    rows = [row_of((5, 6), (7, 8, 9), 2.0), row_of((4,), (3, 2), -1.0), row_of((5, 6), (1,), -2.0)]
+    (batch,) = micro_batches(rows, max_tokens=6)
+    # The prompt 5 6 once, then 7 8 of its first rollout and nothing of its second; the other prompt, then 3.
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 4, 3]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1]]
+    assert batch.token_ids.tolist() == [7, 8, 9, 1, 3, 2]
+    assert batch.predictors.tolist() == [1, 2, 3, 1, 4, 5]  # 6 says 7 and 1; 7 says 8, 8 says 9; 4 says 3
+    assert batch.row.tolist() == [0, 0, 0, 1, 2, 2]
+    assert batch.advantages.tolist() == [2, 2, 2, -2, -1, -1]
+    assert batch.weights.tolist() == [0.25] * 6
+    assert batch.sampling_logprobs.tolist() == pytest.approx([-0.1, -0.2, -0.3, -0.1, -0.1, -0.2])
+    prompts, first, second = batch.spans
+    assert prompts.index.tolist() == [[0, 1], [4, 4]]
+    assert prompts.is_token.tolist() == [[True, True], [True, False]]
+    assert (first.prompt, first.index.tolist()) == (slice(0, 2), [[2, 3]])
+    assert (second.prompt, second.index.tolist()) == (slice(4, 5), [[5]])
+
+
+def test_one_token_less_makes_two_packs():
+    # 2 + 2 + 0 tokens of the first prompt and 1 + 1 of the second are 6.
+    rows = [row_of((5, 6), (7, 8, 9)), row_of((5, 6), (1,)), row_of((4,), (3, 2))]
+    assert [pack.input_ids.shape[1] for pack in micro_batches(rows, 6)] == [6]
+    assert [pack.input_ids.shape[1] for pack in micro_batches(rows, 5)] == [4, 2]
+
+
+def test_a_group_that_fits_into_a_pack_stays_whole():
+    # 3 tokens are taken when the group of 2 + 2 + 2 comes: it fits into 8 alone, and not behind them.
+    rows = [row_of((1, 1), (2, 2)), row_of((5, 6), (7, 8, 9)), row_of((5, 6), (9, 8, 7))]
+    assert [pack.input_ids.tolist() for pack in micro_batches(rows, 8)] == [
+        [[1, 1, 2]],
+        [[5, 6, 7, 8, 9, 8]],
     ]
-    (batch,) = micro_batches(rows, max_tokens=12, pad_token_id=PAD)  # 2 rows of 3 + 3 columns
-    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 0], [0, 0, 4, 3, 2, 1]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
-    assert batch.loss_mask.tolist() == [[True, True, False], [True, True, True]]
-    assert batch.advantages.tolist() == [[2.0], [-1.0]]
-    expected = torch.tensor([[-0.5, -0.6, 0.0], [-0.1, -0.2, -0.3]])
-    assert torch.equal(batch.sampling_logprobs, expected)
 
 
-def test_one_position_less_makes_two_batches():
-    # 6 columns wide the two rows take 12 positions: with 11 each stands alone, 5 and 4 wide.
-    rows = [TrainingRow((4,), (3, 2, 1), (0.0,) * 3, 1.0), TrainingRow((5, 6, 7), (8, 9), (0.0,) * 2, 1.0)]
-    batches = list(micro_batches(rows, max_tokens=11, pad_token_id=PAD))
-    assert [list(batch.input_ids.shape) for batch in batches] == [[1, 5], [1, 4]]
-
-
-def test_the_pad_token_is_masked_by_place_and_not_by_id():
-    row = TrainingRow((PAD, 5), (PAD, PAD), (-1.0, -1.0), 1.0)
-    (batch,) = micro_batches([row], max_tokens=64, pad_token_id=PAD)
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1]]
-    assert batch.loss_mask.tolist() == [[True, True]]
+def test_a_group_over_the_budget_repeats_its_prompt():
+    rows = [row_of((5, 6), (7, 8, 9))] * 3
+    assert [pack.input_ids.tolist() for pack in micro_batches(rows, 6)] == [
+        [[5, 6, 7, 8, 7, 8]],
+        [[5, 6, 7, 8]],
+    ]
 
 
 @pytest.mark.parametrize("max_tokens", [50, 64, 200, 1000, 10_000])
-def test_every_row_is_there_once_and_the_budget_holds(max_tokens: int):
+def test_every_row_is_there_once_with_what_is_its_own(max_tokens: int):
     rows = random_rows(seed=max_tokens)
-    batches = list(micro_batches(rows, max_tokens, PAD))
-    assert all(batch.input_ids.numel() <= max_tokens for batch in batches)
-    found = Counter(row[:2] for batch in batches for row in unpadded(batch))
-    assert found == Counter((row.prompt_token_ids, row.token_ids) for row in rows)
+    packs = list(micro_batches(rows, max_tokens))
+    assert all(pack.input_ids.numel() <= max_tokens for pack in packs)
+    found = Counter(row for pack in packs for row in unpacked(pack))
+    expected = [(r.prompt_token_ids, r.token_ids, r.logprobs, r.advantage, r.weight) for r in rows]
+    assert found == Counter(expected)
 
 
-def test_a_rows_logprobs_and_advantage_go_with_it():
-    rows = random_rows(seed=1)
-    by_ids = {(row.prompt_token_ids, row.token_ids): row for row in rows}
-    for batch in micro_batches(rows, 300, PAD):
-        for (prompt, completion, logprobs), advantage in zip(unpadded(batch), batch.advantages, strict=True):
-            row = by_ids[prompt, completion]
-            assert logprobs == pytest.approx(row.logprobs)
-            assert advantage.item() == pytest.approx(row.advantage)
-        assert batch.sampling_logprobs[~batch.loss_mask].abs().sum() == 0
+def test_every_place_of_a_pack_is_attended_once():
+    for pack in micro_batches(random_rows(seed=1), 300):
+        places = torch.cat([part.index[part.is_token] for part in pack.spans])
+        assert sorted(places.tolist()) == list(range(pack.input_ids.shape[1]))
 
 
-def test_rows_of_a_length_share_a_batch_as_far_as_the_budget_goes():
-    # 10 rows of 3 + 2 positions, 4 to a batch of at most 20 positions: 4, 4 and 2.
-    rows = [TrainingRow((1, 2, 3), (4, 5), (0.0, 0.0), 1.0)] * 10
-    assert [len(batch.input_ids) for batch in micro_batches(rows, 20, PAD)] == [4, 4, 2]
+def test_prompts_stand_once():
+    rows = random_rows(seed=2)
+    prompts = {row.prompt_token_ids for row in rows}
+    (pack,) = micro_batches(rows, 10_000)
+    assert pack.input_ids.numel() == sum(map(len, prompts)) + sum(len(row.token_ids) - 1 for row in rows)
 
 
-def test_no_rows_make_no_batch():
-    assert list(micro_batches([], 64, PAD)) == []
+def test_no_rows_make_no_pack():
+    assert list(micro_batches([], 64)) == []
 
 
 def test_a_row_over_the_budget_names_its_sizes():
-    row = TrainingRow((1,) * 40, (2,) * 25, (0.0,) * 25, 1.0)
-    assert len(list(micro_batches([row], 65, PAD))) == 1
-    with pytest.raises(ValueError, match=r"learner\.micro_batch_tokens: 64 holds no .* 40 \+ 25 tokens"):
-        list(micro_batches([row], 64, PAD))
+    row = row_of((1,) * 40, (2,) * 25)  # its last token is not read
+    assert len(list(micro_batches([row], 64))) == 1
+    with pytest.raises(ValueError, match=r"learner\.micro_batch_tokens: 63 holds no .* 40 \+ 25 tokens"):
+        list(micro_batches([row], 63))
 
 
 def test_total_rewards_by_hand():
@@ -123,14 +160,55 @@ def test_total_rewards_by_hand():
     torch.testing.assert_close(rewards, expected, equal_nan=True)
 
 
-def test_without_a_coefficient_no_kl_is_asked_for():
-    assert total_rewards([scored_group([1.0, 0.0])], kl=[], kl_coef=0.0).tolist() == [[1.0, 0.0]]
+def test_without_kl_none_is_subtracted():
+    assert total_rewards([scored_group([1.0, 0.0])], kl=[], kl_coef=0.1).tolist() == [[1.0, 0.0]]
+
+
+def test_the_kl_of_a_rollout_by_hand():
+    # Logprob gaps of 1 and -2: k1 sums to -1 and k2 to 1/2 + 2; over a mean of two tokens half of that.
+    policy, anchor = [[(-1.0, -3.0)]], [[(-2.0, -1.0)]]
+    for estimator, over, expected in (
+        ("k1", "sum", -1.0),
+        ("k1", "mean", -0.5),
+        ("k2", "sum", 2.5),
+        ("k2", "mean", 1.25),
+        ("k3", "sum", math.exp(-1) - 1 + 1 + math.exp(2) - 1 - 2),
+    ):
+        config = LearnerConfig(kl_estimator=estimator, kl_over_tokens=over)
+        assert rollout_kl(policy, anchor, config) == [[pytest.approx(expected)]]
+
+
+@pytest.mark.parametrize(
+    ("mean_over", "expected"),
+    [
+        ("sequence", [1 / 3 / 2] * 3),  # three rollouts of two tokens each
+        ("token", [1 / 6] * 3),
+        ("constant", [1 / 30] * 3),  # at most ten tokens each
+    ],
+)
+def test_what_a_token_counts_for_knows_the_whole_step(mean_over, expected: list[float]):
+    scored = [
+        scored_group([1.0, None, 0.0]),
+        scored_group([None, 1.0, None]),
+    ]  # one without signal counts too
+    config = LearnerConfig(mean_over=mean_over)
+    batch = make_batch(scored, total_rewards(scored, [], 0.0), config, max_tokens=10)
+    assert [row.weight for row in batch.rows] == pytest.approx(expected)
+
+
+def test_where_the_kl_is_in_the_loss_every_rollout_has_a_gradient():
+    scored = [scored_group([1.0, 1.0])]
+    anchor = [[(-1.0, -2.0), (-3.0, -4.0)]]
+    batch = make_batch(scored, total_rewards(scored, [], 0.0), LearnerConfig(), 10, anchor)
+    assert [row.anchor_logprobs for row in batch.with_signal] == anchor[0]
+    (pack,) = micro_batches(batch.with_signal, 64)
+    assert pack.anchor_logprobs.tolist() == [-1.0, -2.0, -3.0, -4.0]
 
 
 def test_rollouts_without_a_reward_leave_and_the_others_are_compared_without_them():
     # Of 1 and 0 alone the advantages are +-1/sqrt 2 (test_grpo); rollout 1 is gone from the rows.
     scored = [scored_group([1.0, None, 0.0])]
-    batch = make_batch(scored, total_rewards(scored, [], 0.0), LearnerConfig())
+    batch = make_batch(scored, total_rewards(scored, [], 0.0), LearnerConfig(), 10)
     assert [row.token_ids for row in batch.rows] == [(10, 1), (12, 1)]
     assert [row.logprobs for row in batch.rows] == [(0.0, -0.5), (-2.0, -0.5)]
     assert [row.prompt_token_ids for row in batch.rows] == [(7, 8)] * 2
@@ -141,13 +219,13 @@ def test_advantages_are_made_of_the_total_and_scaled_as_asked():
     # Rewards are equal, the KL is not: 1 - 0.5 * 0.2 and 1 - 0.5 * 0.6, centred +0.1 and -0.1.
     scored = [scored_group([1.0, 1.0])]
     total = total_rewards(scored, [[0.2, 0.6]], 0.5)
-    batch = make_batch(scored, total, LearnerConfig(advantage_scale="none"))
+    batch = make_batch(scored, total, LearnerConfig(advantage_scale="none"), 10)
     assert [row.advantage for row in batch.rows] == pytest.approx([0.1, -0.1])
 
 
 def test_rows_with_signal_are_those_of_groups_that_differ():
     scored = [scored_group([1.0, 1.0]), scored_group([1.0, 0.0]), scored_group([None, 1.0])]
-    batch = make_batch(scored, total_rewards(scored, [], 0.0), LearnerConfig())
+    batch = make_batch(scored, total_rewards(scored, [], 0.0), LearnerConfig(), 10)
     assert len(batch.rows) == 5  # a dropped rollout is no row; one without signal is, and counts in the mean
     assert [row.token_ids for row in batch.with_signal] == [(10, 1), (11, 1)]
     assert Batch(()).with_signal == ()

@@ -11,13 +11,28 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
-from cat_grpo.batches import Batch, TrainingRow
+from cat_grpo.activations import kept_bytes
+from cat_grpo.attention import packed
+from cat_grpo.batches import Batch, TrainingRow, micro_batches
 from cat_grpo.config import LearnerConfig
+from cat_grpo.head import head_bytes
 from cat_grpo.learner import Learner, NotFiniteError, set_aside
 
-VOCAB, PAD, TEMPERATURE = 23, 0, 0.7
+VOCAB, TEMPERATURE = 23, 0.7
+SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.2}
 NO_CLIP = 1e9
 """A gradient norm that is never reached."""
 
@@ -34,14 +49,13 @@ def tiny_model() -> LlamaForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=64,
         initializer_range=0.2,
-        pad_token_id=PAD,
     )
     return LlamaForCausalLM(config).eval()
 
 
 def learner_of(model: LlamaForCausalLM, **settings) -> Learner:
     settings = {"learning_rate": 1e-3, "max_grad_norm": NO_CLIP, **settings}
-    return Learner(model, LearnerConfig(**settings), TEMPERATURE, PAD)
+    return Learner(model, LearnerConfig(**settings), TEMPERATURE)
 
 
 def logprobs_of(model: LlamaForCausalLM, row: TrainingRow) -> Tensor:
@@ -59,10 +73,19 @@ def batch_of(model: LlamaForCausalLM, advantages: Sequence[float], seed: int = 0
     for advantage in advantages:
         prompt = tuple(rng.choices(range(1, VOCAB), k=rng.randint(1, 9)))
         completion = tuple(rng.choices(range(1, VOCAB), k=rng.randint(1, 7)))
-        row = TrainingRow(prompt, completion, (0.0,) * len(completion), advantage)
+        weight = 1 / len(completion) / len(advantages)  # GRPO's
+        row = TrainingRow(prompt, completion, (0.0,) * len(completion), advantage, weight)
         with torch.no_grad():
             rows.append(replace(row, logprobs=tuple(logprobs_of(model, row).tolist())))
     return Batch(tuple(rows))
+
+
+def shared_prompts(batch: Batch) -> Batch:
+    """The same completions in groups of three behind one prompt."""
+    rows = batch.rows
+    return Batch(
+        tuple(replace(r, prompt_token_ids=rows[i // 3].prompt_token_ids) for i, r in enumerate(rows))
+    )
 
 
 def off_policy(batch: Batch) -> Batch:
@@ -85,6 +108,11 @@ def gradients() -> Iterator[list[list[Tensor]]]:
 
 def weights_of(model: LlamaForCausalLM) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def state_of(learner: Learner) -> dict:
+    """The optimizer's."""
+    return copy.deepcopy(learner._optimizer.state_dict())
 
 
 def assert_same_bits(model: LlamaForCausalLM, weights: dict[str, Tensor]) -> None:
@@ -117,13 +145,47 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(gradients):
         assert_close(other, gradients[0], atol=1e-6, rtol=0)
 
 
-def test_rows_without_signal_count_in_the_mean_and_nowhere_else(gradients):
+def test_in_double_precision_the_gradient_is_the_plain_one_to_ten_digits(gradients):
+    # GPT-2, because the norms of later models compute in float32 whatever they are given.
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2
+    )
+    model = GPT2LMHeadModel(config).eval().double()
+    plain = copy.deepcopy(model)
+    batch = shared_prompts(batch_of(model, ADVANTAGES))
+    for row in batch.rows:
+        (-row.weight * row.advantage * logprobs_of(plain, row).sum()).backward()
+    learner_of(model, micro_batch_tokens=64).update(batch)
+    expected = [p.grad for p in plain.parameters()]
+    assert_close(gradients[0], expected, atol=1e-10, rtol=0)
+    assert max(g.abs().max().item() for g in gradients[0]) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: MambaForCausalLM(MambaConfig(**SIZES)), "of type mamba: packed, its logprobs are .* off"),
+        (lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8)), "caps its logits"),
+        (
+            lambda: CohereForCausalLM(CohereConfig(**SIZES, num_attention_heads=4, eos_token_id=1)),
+            "of type cohere: .* off",
+        ),
+    ],
+)
+def test_a_model_that_predicts_otherwise_in_a_pack_is_refused(model, message: str):
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=message):
+        learner_of(model().eval())
+
+
+def test_rows_without_signal_are_left_out(gradients):
     model = tiny_model()
-    batch = batch_of(model, [1.0, -1.0])
-    learner_of(copy.deepcopy(model)).update(batch)
-    idle = batch_of(model, [0.0, 0.0], seed=1).rows
-    learner_of(copy.deepcopy(model)).update(Batch((*idle, *batch.rows)))
-    assert_close(gradients[1], [gradient / 2 for gradient in gradients[0]], atol=1e-7, rtol=1e-4)
+    batch, idle = batch_of(model, [1.0, -1.0]), batch_of(model, [0.0, 0.0], seed=1)
+    for rows in (batch.rows, (*idle.rows, *batch.rows)):
+        metrics = learner_of(copy.deepcopy(model)).update(Batch(rows))
+        assert metrics["tokens"] == sum(len(row.token_ids) for row in batch.rows)
+    assert_close(gradients[1], gradients[0], rtol=0, atol=0)
 
 
 def test_one_update_raises_what_was_good_and_lowers_what_was_bad():
@@ -135,16 +197,16 @@ def test_one_update_raises_what_was_good_and_lowers_what_was_bad():
     assert [b > a for a, b in zip(before, after, strict=True)] == [True, False, True, False]
 
 
-@pytest.mark.parametrize("advantages", [[0.0, 0.0, 0.0], []])
-def test_without_signal_nothing_moves_at_all(advantages: list[float]):
+def test_without_signal_nothing_moves_at_all():
+    advantages = [0.0, 0.0, 0.0]
     model = tiny_model()
     learner = learner_of(model, weight_decay=0.1)
     learner.update(batch_of(model, [1.0, -1.0]))  # AdamW has momentum from now on
-    weights, state = weights_of(model), copy.deepcopy(learner.optimizer_state())
+    weights, state = weights_of(model), state_of(learner)
     metrics = learner.update(batch_of(model, advantages))
     assert metrics == {"rows": len(advantages), "rows_with_signal": 0.0}
     assert_same_bits(model, weights)
-    assert_close(learner.optimizer_state()["state"], state["state"], rtol=0, atol=0)
+    assert_close(state_of(learner)["state"], state["state"], rtol=0, atol=0)
 
 
 def test_a_second_update_is_clipped_against_the_policy_before_the_first(gradients):
@@ -181,6 +243,58 @@ def test_a_second_update_is_clipped_against_the_policy_before_the_first(gradient
     assert losses[1] < -0.01  # the second update sees what the first has gained
 
 
+def plain_objective(logprobs: Tensor, old: Tensor, row: TrainingRow, settings: dict) -> Tensor:
+    """What a row adds to the objective, written down from the papers."""
+    ratio = (logprobs - old).exp()
+    if settings.get("ratio") == "sequence":
+        ratio = (logprobs - old).mean().exp().expand(len(old))
+    if settings.get("surrogate") == "cispo":
+        gains = ratio.detach().clamp(max=1.3) * row.advantage * logprobs
+    else:
+        gains = torch.minimum(ratio * row.advantage, ratio.clamp(0.9, 1.3) * row.advantage)
+    engine = (old - torch.tensor(row.logprobs)).detach()
+    if settings.get("importance") == "token":
+        gains = engine.exp().clamp(max=0.7) * gains
+    if settings.get("importance") == "sequence":
+        gains = engine.sum().exp().clamp(max=0.7) * gains
+    if settings.get("kl_in") == "loss":
+        gap = torch.tensor(row.anchor_logprobs) - logprobs
+        gains = gains - 0.2 * (gap.exp() - 1 - gap if settings["kl_estimator"] == "k3" else gap.square() / 2)
+    return row.weight * gains.sum()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"ratio": "sequence"},
+        {"surrogate": "cispo"},
+        {"importance": "token"},
+        {"importance": "sequence"},
+        {"kl_in": "loss", "kl_estimator": "k3"},
+        {"kl_in": "loss", "kl_estimator": "k2", "ratio": "sequence", "importance": "token"},
+    ],
+    ids=lambda settings: ", ".join(settings.values()) or "GRPO",
+)
+def test_every_objective_is_that_of_a_plain_loop_over_two_updates(settings: dict, gradients):
+    model = tiny_model()
+    plain, rows = copy.deepcopy(model), off_policy(batch_of(model, [1.5, -0.5, 0.7, -0.7] * 3)).rows
+    if "kl_in" in settings:
+        rows = tuple(replace(r, anchor_logprobs=tuple(x - 0.3 for x in r.logprobs)) for r in rows)
+    fixed = {"clip_low": 0.1, "clip_high": 0.3, "importance_cap": 0.7, "kl_coef": 0.2}
+    learner_of(model, updates_per_step=2, micro_batch_tokens=64, **fixed, **settings).update(Batch(rows))
+
+    old = [logprobs_of(plain, row).detach() for row in rows]
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
+    for _ in range(2):
+        for row, before in zip(rows, old, strict=True):
+            (-plain_objective(logprobs_of(plain, row), before, row, settings)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_close(gradients[0], gradients[2], atol=1e-6, rtol=0)
+    assert_close(gradients[1], gradients[3], atol=1e-5, rtol=0)
+
+
 def test_with_one_update_the_policy_is_its_own_past():
     model = tiny_model()
     batch = off_policy(batch_of(model, [1.0, -1.0]))
@@ -205,16 +319,16 @@ def test_what_is_not_finite_stops_before_the_step_and_leaves_no_trace(advantage,
     learner.update(batch)
     undisturbed = copy.deepcopy(model)
     other = learner_of(undisturbed, micro_batch_tokens=64)
-    other.load_optimizer_state(copy.deepcopy(learner.optimizer_state()))
-    weights, state = weights_of(model), copy.deepcopy(learner.optimizer_state())
+    other._optimizer.load_state_dict(state_of(learner))
+    weights, state = weights_of(model), state_of(learner)
 
-    poison = TrainingRow((1,), (2,), (0.0,), advantage)  # the shortest: in a micro-batch after good ones
+    poison = TrainingRow((1,), (2,), (0.0,), advantage, 0.1)  # the shortest: in a micro-batch after good ones
     hook = model.lm_head.weight.register_hook(lambda grad: grad * math.nan if breaks_gradient else grad)
     with pytest.raises(NotFiniteError, match=message):
         learner.update(Batch((*batch.rows, poison)))
     hook.remove()
     assert_same_bits(model, weights)
-    assert_close(learner.optimizer_state()["state"], state["state"], rtol=0, atol=0)
+    assert_close(state_of(learner)["state"], state["state"], rtol=0, atol=0)
 
     # Nor is a part of its gradient left for the next update.
     assert learner.update(batch) == other.update(batch)
@@ -230,7 +344,7 @@ def test_a_broken_weight_stops_the_update():
     with pytest.raises(NotFiniteError, match="the loss is nan"):
         learner.update(batch)
     assert_same_bits(model, weights)
-    assert learner.optimizer_state()["state"] == {}
+    assert state_of(learner)["state"] == {}
 
 
 def test_the_gradient_is_scaled_down_to_the_norm_and_never_up(gradients):
@@ -281,20 +395,65 @@ def test_the_sampler_gap_is_how_far_the_engine_is_from_the_learner():
     assert gaps == pytest.approx([0.0, 0.5], abs=1e-5)
 
 
-def test_the_optimizers_state_goes_from_one_learner_to_another():
-    model = tiny_model()
-    first = learner_of(model)
+def test_what_is_saved_goes_on_in_another_learner_as_if_nothing_had_been(tmp_path):
+    model, other_model = tiny_model(), tiny_model()
+    first, second = learner_of(model), learner_of(other_model)
     batch = batch_of(model, [1.0, -1.0])
     first.update(batch)
-    second_model = copy.deepcopy(model)
-    second = learner_of(second_model)
-    second.load_optimizer_state(copy.deepcopy(first.optimizer_state()))
-    first.update(batch)
-    second.update(batch)
-    assert_same_bits(second_model, weights_of(model))
+    first.save(tmp_path)
+    second.restore(tmp_path)
+    for learner in (first, second):
+        learner.update(batch)
+    assert_same_bits(other_model, weights_of(model))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ((), "a batch of 0 rollouts"),
+        ((TrainingRow((1,), (2,) * 80, (0.0,) * 80, 1.0, 0.1),), "64 holds no rollout of 1 \\+ 80 tokens"),
+        ((TrainingRow((1,), (VOCAB,), (0.0,), 1.0, 0.1),), f"token {VOCAB} .* vocabulary has {VOCAB}"),
+    ],
+)
+def test_a_batch_that_cannot_be_trained_on_is_named_with_its_sizes(rows: tuple[TrainingRow, ...], message):
+    model = tiny_model()
+    weights = weights_of(model)
+    with pytest.raises(ValueError, match=message):
+        learner_of(model, micro_batch_tokens=64).update(Batch(rows))
+    assert_same_bits(model, weights)
+
+
+def test_gradient_checkpointing_computes_again_and_changes_nothing(gradients):
+    batch = batch_of(tiny_model(), ADVANTAGES)
+    calls: list[str] = []
+    for setting in ("off", "on"):
+        model = tiny_model()
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, of=setting: calls.append(of))
+        learner = learner_of(model, gradient_checkpointing=setting)
+        calls.clear()
+        learner.update(batch)
+        assert calls == [setting] * (2 if setting == "on" else 1)
+        assert not model.model.layers[0].mlp.training  # dropout would come on with it
+    assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("spare", "is_on"), [(1.5, False), (0.5, True)])
+def test_gradient_checkpointing_comes_on_when_a_micro_batch_does_not_fit(spare, is_on, monkeypatch):
+    """Measured on a pack as large as a micro-batch may be, not on the small ones of the estimate."""
+    model = tiny_model()
+    row = TrainingRow((1, 2, 3), (1,) * 253, (0.0,) * 253, 1.0, 0.1)
+    (chunk,) = micro_batches([row], 256)
+    learner = learner_of(model, gradient_checkpointing="off")
+    with packed(model):
+        activations = kept_bytes(model, lambda: learner._hidden(chunk))
+    trained = sum(weight.numel() for weight in model.parameters())
+    needed = activations + head_bytes(model.lm_head.weight) + 12 * trained
+    monkeypatch.setattr("cat_grpo.learner.free_bytes", lambda device: spare * needed)
+    learner_of(model, micro_batch_tokens=256)
+    assert model.is_gradient_checkpointing is is_on
 
 
 def test_a_batch_set_aside_is_plain_values():
-    row = TrainingRow((1, 2), (3,), (-0.5,), 1.5)
+    row = TrainingRow((1, 2), (3,), (-0.5,), 1.5, 0.25, (-0.7,))
     fields = {"prompt_token_ids": (1, 2), "token_ids": (3,), "logprobs": (-0.5,), "advantage": 1.5}
-    assert set_aside([row]) == {"rows": [fields]}
+    assert set_aside([row]) == {"rows": [{**fields, "weight": 0.25, "anchor_logprobs": (-0.7,)}]}

@@ -8,7 +8,9 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +30,7 @@ from transformers import (
 from cat_grpo.config import ModelConfig
 from cat_grpo.engines import Sampling
 from cat_grpo.grpo import token_logprobs
+from cat_grpo.lora import adapters_off
 from cat_grpo.records import Completion, Generation, LabelRead, Messages
 from cat_grpo.shipped import shipped
 
@@ -102,10 +105,17 @@ class HFEngine:
         self._specials = _special_tokens(tokenizer)
         # One thread for all calls: a pool would give each of its threads an OpenMP team of its own.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hf-engine")
+        self._set_up: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @classmethod
     def open(cls, config: ModelConfig) -> "HFEngine":
         return cls(*load_model_and_tokenizer(config), config)
+
+    def without_adapters(self) -> "HFEngine":
+        """The model as it was before its adapters: the same weights, and one queue for the calls to both."""
+        other = copy(self)
+        other._set_up = partial(adapters_off, self._model)
+        return other
 
     async def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[Generation]:
         return await self._run(lambda: self._generate(prompts, sampling))
@@ -131,7 +141,8 @@ class HFEngine:
         """The learner's float32 weights, too, are computed with in the engine's own dtype."""
         dtype = resolve_dtype(self._config)
         is_lower = dtype != torch.float32
-        with torch.inference_mode(), torch.autocast(self._model.device.type, dtype, enabled=is_lower):
+        autocast = torch.autocast(self._model.device.type, dtype, enabled=is_lower)
+        with torch.inference_mode(), autocast, self._set_up():
             return work()
 
     def _load_weights(self, checkpoint: Path) -> None:

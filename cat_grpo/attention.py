@@ -1,0 +1,108 @@
+"""Attention over packed rollouts: the prompt of a group stands once, and each of its rollouts reads it.
+
+A packed row is a list of spans of tokens. A token sees what comes before it in its own span and in the
+span's prompt, and nothing else: causal attention of each rollout by itself, over all or through a window.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+PACKED = "cat_grpo_packed"
+"""The name under which transformers knows `packed_attention`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Spans of one packed row that are attended to in one call: prompts, or all rollouts of one prompt."""
+
+    prompt: slice
+    """The tokens that all of them see; empty for prompts."""
+    index: Tensor
+    """(S, C): where the tokens of each span are, filled up by its last."""
+    is_token: Tensor
+    """(S, C), False on what only fills up."""
+
+    @classmethod
+    def of(cls, starts: Sequence[int], lengths: Sequence[int], prompt: slice = slice(0, 0)) -> "Spans":
+        length = torch.tensor(lengths)[:, None]
+        column = torch.arange(max(lengths))
+        index = torch.tensor(starts)[:, None] + torch.minimum(column, length - 1)
+        return cls(prompt, index, column < length)
+
+    def to(self, device: torch.device) -> "Spans":
+        return Spans(self.prompt, self.index.to(device), self.is_token.to(device))
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    *,
+    spans: Sequence[Spans],
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """(1, heads, T, d), (1, kv_heads, T, d) twice -> (1, T, heads, d).
+
+    What fills a span up comes after all of its tokens, so a causal mask hides it from them. ValueError for
+    attention that caps its logits.
+    """
+    if softcap is not None:
+        raise ValueError(f"{type(module).__name__} caps its logits: it cannot be packed")
+    del attention_mask, dropout, unused
+    repeats = query.shape[1] // key.shape[1]
+    query = query[0].transpose(0, 1)  # (T, heads, d)
+    key, value = (x[0].transpose(0, 1).repeat_interleave(repeats, dim=1) for x in (key, value))
+    outputs, places = [], []
+    for part in spans:
+        index, is_token = part.index, part.is_token
+        attended = scaled_dot_product_attention(
+            query[index].transpose(1, 2),  # (S, heads, C, d)
+            _with_prompt(key, part.prompt, index),  # (S, heads, prompt + C, d)
+            _with_prompt(value, part.prompt, index),
+            attn_mask=_visible(part.prompt, index.shape[1], sliding_window, query.device),
+            scale=scaling,
+        )
+        outputs.append(attended.transpose(1, 2)[is_token])
+        places.append(index[is_token])
+    return torch.cat(outputs)[torch.cat(places).argsort()].unsqueeze(0), None
+
+
+def _with_prompt(values: Tensor, prompt: slice, index: Tensor) -> Tensor:
+    """(T, heads, d) -> (S, heads, prompt + C, d)."""
+    shared = values[prompt].expand(len(index), -1, -1, -1)
+    return torch.cat([shared, values[index]], dim=1).transpose(1, 2)
+
+
+def _visible(prompt: slice, length: int, window: int | None, device: torch.device) -> Tensor:
+    """(C, prompt + C): True where a token of the span may look: back, and less than `window` far."""
+    prompt_length = prompt.stop - prompt.start
+    seen = torch.ones(length, prompt_length + length, dtype=torch.bool, device=device).tril(prompt_length)
+    return seen if window is None else seen.triu(prompt_length - window + 1)
+
+
+@contextmanager
+def packed(model: Any) -> Iterator[None]:
+    """The model's own attention is replaced for as long as this lasts."""
+    usual = model.config._attn_implementation
+    model.set_attn_implementation(PACKED)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(usual)
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)

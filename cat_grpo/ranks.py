@@ -1,0 +1,181 @@
+"""The learner on many devices and machines: its weights in shards, one Ray actor a shard.
+
+FSDP2 gathers each layer when it is computed with, and adds up the gradients. Ray starts the processes: on
+this machine, or on the cluster that the environment variable RAY_ADDRESS names.
+"""
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from cat_grpo.batches import Batch, MicroBatch, TrainingRow, micro_batches
+from cat_grpo.config import LearnerConfig
+from cat_grpo.learner import Learner
+
+SHARDS = "optimizer"
+"""The folder of a checkpoint in which the ranks keep their parts of the optimizer's state."""
+
+
+class Ranks:
+    """A `Learner` whose weights are spread over `config.num_ranks` Ray actors.
+
+    `model` is the copy that engines serve from: it has the ranks' weights after every update.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        path: str,
+        config: LearnerConfig,
+        temperature: float,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """`path` is the folder or hub id that `model` came from, on every machine. ValueError as Learner."""
+        self.model = model
+        if not ray.is_initialized():
+            ray.init(include_dashboard=False, log_to_driver=False)
+        device = model.device.type
+        bundle = {"CPU": 1.0} | ({"GPU": 1.0} if device == "cuda" else {})
+        self._group = placement_group([bundle] * config.num_ranks, strategy="PACK")
+        ray.get(self._group.ready())
+        actor = ray.remote(_Rank).options(
+            num_cpus=1,
+            num_gpus=bundle.get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group),
+        )
+        self._ranks: list[Any] = [actor.remote(rank, config.num_ranks) for rank in range(config.num_ranks)]
+        address = ray.get(self._ranks[0].address.remote())
+        self._each("join", address, path, device, config, temperature, compute_dtype)
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        """As `Learner.update`; every rank returns the same."""
+        metrics = self._each("update", ray.put(batch))[0]
+        self._gather()
+        return metrics
+
+    def save(self, folder: Path) -> None:
+        """The weights whole, for `from_pretrained`, and the optimizer's state in the ranks' shards."""
+        self.model.save_pretrained(folder)
+        self._each("save", folder)
+
+    def restore(self, folder: Path) -> None:
+        self._each("restore", folder)
+        self._gather()
+
+    def close(self) -> None:
+        """Ends the actors and gives their devices back."""
+        for rank in self._ranks:
+            ray.kill(rank)
+        remove_placement_group(self._group)
+
+    def _each(self, method: str, *arguments: object) -> list[Any]:
+        """The method on all ranks at once: their collectives wait for each other."""
+        return ray.get([getattr(rank, method).remote(*arguments) for rank in self._ranks])
+
+    def _gather(self) -> None:
+        self.model.load_state_dict(self._each("weights")[0])
+
+
+class ShardedLearner(Learner):
+    """One rank's part of the learner: its shard of the weights, its share of the micro-batches."""
+
+    def restore(self, folder: Path) -> None:
+        """The weights, which every rank reads whole, and its shard of the optimizer's state."""
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        whole = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.model, loaded.state_dict(), options=whole)
+        if (folder / SHARDS).exists():
+            state = get_optimizer_state_dict(self.model, self._optimizer)
+            load(state, checkpoint_id=folder / SHARDS)
+            set_optimizer_state_dict(self.model, self._optimizer, state)
+
+    def save_optimizer(self, folder: Path) -> None:
+        """Nothing where no update has been made: to ask for the state would make one."""
+        if self._optimizer.state:
+            save(get_optimizer_state_dict(self.model, self._optimizer), checkpoint_id=folder / SHARDS)
+
+    def _prepare(self) -> None:
+        policy = MixedPrecisionPolicy(param_dtype=self._compute_dtype, reduce_dtype=torch.float32)
+        for module in (*self.model.get_decoder().layers, self.model):
+            fully_shard(module, mp_policy=policy)
+            # A token's weight is its share of the whole step: the ranks' gradients add up to the step's.
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+        # The head is used outside of the model's forward, so that must not count as the root's.
+        self.model.grpo_loss = super()._loss
+        register_fsdp_forward_method(self.model, "grpo_loss")
+
+    def _loss(self, chunk: MicroBatch, old_logprobs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return self.model.grpo_loss(chunk, old_logprobs)
+
+    def _chunks(self, rows: Sequence[TrainingRow]) -> list[MicroBatch]:
+        """Every n-th micro-batch. A rank that has one less repeats its first without weight."""
+        rank, num_ranks = dist.get_rank(), dist.get_world_size()
+        chunks = list(micro_batches(rows, self._config.micro_batch_tokens))
+        idle = -len(chunks) % num_ranks
+        return [*chunks, *[chunks[0].idle()] * idle][rank::num_ranks]
+
+    def _total(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        values = torch.stack([value.double() for value in sums.values()])
+        dist.all_reduce(values)
+        return dict(zip(sums, values, strict=True))
+
+
+class _Rank:
+    """The process around one ShardedLearner."""
+
+    def __init__(self, rank: int, num_ranks: int) -> None:
+        self._rank, self._num_ranks = rank, num_ranks
+
+    def address(self) -> str:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    def join(
+        self,
+        address: str,
+        path: str,
+        device: str,
+        config: LearnerConfig,
+        temperature: float,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=address, rank=self._rank, world_size=self._num_ranks)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        torch.nn.Module.to(model, device)
+        self._learner = ShardedLearner(model.eval(), config, temperature, compute_dtype)
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        return self._learner.update(batch)
+
+    def weights(self) -> dict[str, Any]:
+        """Whole on the first rank, empty on the others."""
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_model_state_dict(self._learner.model, options=whole)
+
+    def save(self, folder: Path) -> None:
+        self._learner.save_optimizer(folder)
+
+    def restore(self, folder: Path) -> None:
+        self._learner.restore(folder)

@@ -1,0 +1,84 @@
+"""Packed rollouts predict what each of them predicts alone."""
+
+import random
+from itertools import product
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from cat_grpo.attention import packed
+from cat_grpo.batches import TrainingRow, micro_batches
+
+VOCAB = 23
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.2,
+}
+GEMMA = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+MODELS = {
+    "Llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "Qwen 3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+    "Gemma 3, with windows of 4": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **GEMMA)),
+}
+
+
+def rows(seed: int) -> list[TrainingRow]:
+    rng = random.Random(seed)
+    prompts = [tuple(rng.choices(range(1, VOCAB), k=k)) for k in (1, 4, 9)]
+    made = []
+    for prompt, length in product(prompts, (1, 2, 7, 5)):
+        completion = tuple(rng.choices(range(1, VOCAB), k=length))
+        made.append(TrainingRow(prompt, completion, (0.0,) * length, 1.0, 1.0))
+    return made
+
+
+def built(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return MODELS[name]().eval()
+
+
+@pytest.mark.parametrize("max_tokens", [16, 20, 1000])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_pack_predicts_what_its_rollouts_predict_alone(name: str, max_tokens: int):
+    model = built(name)
+    found = []
+    with torch.no_grad():
+        for pack in micro_batches(rows(seed=0), max_tokens):
+            with packed(model):
+                hidden = model.get_decoder()(
+                    input_ids=pack.input_ids,
+                    position_ids=pack.position_ids,
+                    spans=pack.spans,
+                    use_cache=False,
+                ).last_hidden_state
+            found += list(model.get_output_embeddings()(hidden[0, pack.predictors]))
+        alone = []
+        for row in rows(seed=0):
+            logits = model(torch.tensor([row.prompt_token_ids + row.token_ids]), use_cache=False).logits[0]
+            alone += list(logits[len(row.prompt_token_ids) - 1 : -1])
+    assert_close(torch.stack(found), torch.stack(alone), atol=1e-5, rtol=1e-5)
+
+
+def test_the_models_own_attention_is_back_afterwards_whatever_happens():
+    model = built("Llama")
+    usual = model.config._attn_implementation
+    with pytest.raises(KeyError), packed(model):
+        assert model.config._attn_implementation != usual
+        raise KeyError
+    assert model.config._attn_implementation == usual

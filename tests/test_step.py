@@ -1,0 +1,46 @@
+"""What a step leaves out, and says so."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cat_grpo.config import load_config
+from cat_grpo.step import Loop, open_loop
+
+SMALL = ["train.problems_per_step=2", "train.steps=1", "rollout.group_size=2"]
+
+
+def loop_of(run: Path, *overrides: str) -> Loop:
+    return open_loop(load_config("lab-verifiable", None, [*SMALL, *overrides]), run)
+
+
+@pytest.mark.parametrize(
+    ("cut", "importance"),
+    [("rollout.top_p=0.9", "none"), ("rollout.top_k=5", "none"), ("rollout.top_p=1", "token")],
+)
+async def test_importance_is_off_where_the_engine_sampled_from_less(tmp_path, cut, importance, caplog):
+    with caplog.at_level(logging.WARNING):
+        loop = loop_of(tmp_path / "run", "learner.importance=token", cut)
+    await loop.close()
+    assert loop.learner._config.importance == importance
+    assert ("learner.importance is off" in caplog.text) is (importance == "none")
+
+
+async def test_a_step_without_a_reward_makes_no_update(tmp_path, monkeypatch):
+    loop = loop_of(tmp_path / "run")
+    await loop.rollouts(0, 0)
+    await loop.references(0, 0)
+    await loop.scores(0, 0)
+    scored = loop.run.read_step(0)
+    unjudged = [
+        replace(group, scores=tuple(replace(score, reward=None) for score in group.scores))
+        for group in scored
+    ]
+    monkeypatch.setattr(type(loop.run), "read_step", lambda run, step: unjudged)
+    before = {name: weight.clone() for name, weight in loop.learner.model.state_dict().items()}
+    metrics = await loop.update(0)
+    await loop.close()
+    assert metrics["policy/rows"] == 0.0
+    assert all(weight.equal(before[name]) for name, weight in loop.learner.model.state_dict().items())
