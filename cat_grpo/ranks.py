@@ -4,6 +4,7 @@ FSDP2 gathers each layer when it is computed with, and adds up the gradients. Ra
 this machine, or on the cluster that the environment variable RAY_ADDRESS names.
 """
 
+import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,8 @@ SHARDS = "optimizer"
 class Ranks:
     """A `Learner` whose weights are spread over `config.num_ranks` Ray actors.
 
-    `model` is the copy that engines serve from: it has the ranks' weights after every update.
+    `model` is the copy that engines serve from: it has the ranks' weights after every update. On a cluster
+    the model's folder and the run's must be where every machine finds them.
     """
 
     def __init__(
@@ -49,12 +51,18 @@ class Ranks:
         temperature: float,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
-        """`path` is the folder or hub id that `model` came from, on every machine. ValueError as Learner."""
+        """`path` is the folder or hub id that `model` came from. ValueError as `Learner`, and for more ranks
+        than Ray has room for."""
         self.model = model
         if not ray.is_initialized():
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a training run reports to nobody
             ray.init(include_dashboard=False, log_to_driver=False)
         device = model.device.type
         bundle = {"CPU": 1.0} | ({"GPU": 1.0} if device == "cuda" else {})
+        for kind, each in bundle.items():
+            needed, there = each * config.num_ranks, ray.cluster_resources().get(kind, 0)
+            if there < needed:
+                raise ValueError(f"learner.num_ranks: needs {needed:g} {kind}s, and Ray has {there:g}")
         self._group = placement_group([bundle] * config.num_ranks, strategy="PACK")
         ray.get(self._group.ready())
         actor = ray.remote(_Rank).options(
@@ -64,6 +72,7 @@ class Ranks:
         )
         self._ranks: list[Any] = [actor.remote(rank, config.num_ranks) for rank in range(config.num_ranks)]
         address = ray.get(self._ranks[0].address.remote())
+        path = str(Path(path).resolve()) if Path(path).exists() else path  # the ranks' own folder is another
         self._each("join", address, path, device, config, temperature, compute_dtype)
 
     def update(self, batch: Batch) -> dict[str, float]:
@@ -75,10 +84,10 @@ class Ranks:
     def save(self, folder: Path) -> None:
         """The weights whole, for `from_pretrained`, and the optimizer's state in the ranks' shards."""
         self.model.save_pretrained(folder)
-        self._each("save", folder)
+        self._each("save", folder.resolve())
 
     def restore(self, folder: Path) -> None:
-        self._each("restore", folder)
+        self._each("restore", folder.resolve())
         self._gather()
 
     def close(self) -> None:
@@ -128,9 +137,14 @@ class ShardedLearner(Learner):
         return self.model.grpo_loss(chunk, old_logprobs)
 
     def _chunks(self, rows: Sequence[TrainingRow]) -> list[MicroBatch]:
-        """Every n-th micro-batch. A rank that has one less repeats its first without weight."""
+        """Every n-th micro-batch, small enough that there is one for each rank; a rank that still has one
+        less than the others computes along without weight."""
         rank, num_ranks = dist.get_rank(), dist.get_world_size()
-        chunks = list(micro_batches(rows, self._config.micro_batch_tokens))
+        prompts = {row.prompt_token_ids for row in rows}
+        share = -(-(sum(map(len, prompts)) + sum(len(row.token_ids) for row in rows)) // num_ranks)
+        longest = max(len(row.prompt_token_ids) + len(row.token_ids) for row in rows)
+        max_tokens = min(self._config.micro_batch_tokens, max(share, longest))
+        chunks = list(micro_batches(rows, max_tokens))
         idle = -len(chunks) % num_ranks
         return [*chunks, *[chunks[0].idle()] * idle][rank::num_ranks]
 

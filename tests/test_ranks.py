@@ -84,6 +84,11 @@ def test_killed_and_resumed_the_ranks_end_alike(local_ray: None, tmp_path: Path)
         assert torch.equal(weight, steady.model.state_dict()[name]), name
 
 
+def test_more_ranks_than_ray_has_room_for_are_refused(local_ray: None):
+    with pytest.raises(ValueError, match=r"learner.num_ranks: needs 3 CPUs, and Ray has 2"):
+        ranks(3)
+
+
 def test_what_is_not_finite_on_one_rank_stops_them_all(local_ray: None):
     learner = ranks()
     weights = {name: weight.clone() for name, weight in learner.model.state_dict().items()}
