@@ -24,13 +24,14 @@ ROOMS = {
     "jinja2": {"prompts"},
     "math_verify": {"answers"},
     "matplotlib": {"report"},
+    "peft": {"lora"},
+    "ray": {"ranks"},
     "rich": {"cli"},
     "typer": {"cli"},
 }
 STAGES = {"rollouts", "references", "rubrics", "rewards", "batches", "learner", "checkpoints"}
 STAGES_THAT_MAY_MEET = {
     ("rewards", "rubrics"),
-    ("checkpoints", "learner"),
     ("learner", "batches"),  # a batch is made of tensors, so its type lives there: records.py loads no torch
 }
 LONGEST_FILE = 300
@@ -106,6 +107,24 @@ def test_light_rooms_load_no_heavy_library(module: str):
 @pytest.mark.parametrize("module", [*filter(exists, TEXT_STAGES)])
 def test_stages_that_handle_text_load_no_torch(module: str):
     assert not loaded_after(f"import {module}") & {"torch", "transformers", "prefect"}
+
+
+def test_the_mathematics_needs_torch_alone():
+    assert not loaded_after("import cat_grpo.grpo") & {"transformers", "pydantic", "pandas", "prefect"}
+
+
+@pytest.mark.parametrize(
+    "script", ["cat_grpo.learner", "tests.benchmarks.update", "tests.benchmarks.loss_head"]
+)
+def test_the_learner_runs_on_a_bare_gpu_machine(script: str):
+    """torch and transformers are there, and nothing that only flows, files and engines need."""
+    missing = ("prefect", "datasets", "vllm", "pandas", "peft", "ray", "trl", "math_verify", "matplotlib")
+    loaded_after(f"""
+import sys
+sys.modules.update(dict.fromkeys({missing}))
+sys.path.append("tests/benchmarks")
+import {script}
+""")
 
 
 @pytest.mark.skipif(not exists("cat_grpo.cli"), reason="there is no command line")
