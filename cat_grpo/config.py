@@ -1,7 +1,8 @@
 """Every decision that a user may change, once. A field's docstring is its help text in the Prefect form.
 
-A default is the paper's value (CaT, arXiv:2509.14234v3) where the paper gives one. Presets are sparse TOML
-files over these defaults; overrides are sparse too; the resolved tree is saved with the run.
+Defaults follow the paper (CaT, arXiv:2509.14234v3) where it gives a value for every model, but for the
+departures that the README lists. Presets are sparse TOML files over these defaults, with what one model or data
+set wants; overrides are sparse too; the resolved tree is saved with the run.
 """
 
 import tomllib
@@ -30,7 +31,8 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type: `auto` is float32 on the CPU and bfloat16 on a GPU. Trained weights stay in float32."""
     max_batch_tokens: int = Field(default=65536, ge=256)
-    """Most positions, padding included, that one sampling batch may hold: lower it when memory runs out."""
+    """Most positions, padding included, in one batch that is sampled or scored: lower it when memory runs
+    out."""
     chat_template_kwargs: dict[str, Any] = {}
     """Handed to the chat template, for example `{"enable_thinking": false}` for Qwen 3."""
 

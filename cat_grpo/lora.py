@@ -20,7 +20,7 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: int, seed: int) -> No
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ValueError("learner.lora_rank: needs peft, pip install 'cat_grpo[lora]'") from error
+        raise ValueError("learner.lora_rank: needs peft: in the checkout, pip install -e '.[lora]'") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -1,6 +1,6 @@
 """The run directory is the truth: what it holds was done, and what it lacks is still to do.
 
-    config.json  manifest.json  metrics.jsonl  summary.json
+    config.json  manifest.json  metrics.jsonl
     steps/000012/rollouts-00.parquet  references-00.parquet  scores-00.parquet
     checkpoints/000020/  latest -> 000020  best -> 000010
 

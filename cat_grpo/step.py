@@ -205,7 +205,7 @@ def _open_learner(model: PreTrainedModel, config: Config) -> "Learner | Ranks":
     try:
         from cat_grpo.ranks import Ranks
     except ImportError as error:
-        raise ValueError("learner.num_ranks: needs Ray, pip install 'cat_grpo[ray]'") from error
+        raise ValueError("learner.num_ranks: needs Ray: in the checkout, pip install -e '.[ray]'") from error
     return Ranks(model, model_folder(config.model.path), learner, config.rollout.temperature, dtype)
 
 

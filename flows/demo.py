@@ -1,7 +1,9 @@
 """The demo: both families of the lab, trained without labels, measured on held-out answers."""
 
 import json
+import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,25 @@ from flows.train import train
 NUM_HELD_OUT = {"verifiable": 200, "open": 100}
 
 
+def make_room(out: Path, seed: int) -> None:
+    """A demo of another seed steps aside to OUT-SEED, and comes back when it is asked for again."""
+    config = out / "verifiable" / "config.json"
+    if not config.exists():
+        return
+    there = json.loads(config.read_text())["train"]["seed"]
+    if there != seed:
+        os.replace(out, out.with_name(f"{out.name}-{there}"))
+        with suppress(FileNotFoundError):
+            os.replace(out.with_name(f"{out.name}-{seed}"), out)
+
+
 @flow(name="demo", flow_run_name="demo-seed-{seed}")
 async def demo(seed: int = 0, out: str = "runs/demo") -> dict[str, Any]:
     """Trains into `out`/verifiable and `out`/open and writes `out`/summary.json, which it returns.
 
     The held-out answers make the table and nothing else: checkpoints are chosen without labels.
     """
+    make_room(Path(out), seed)
     summary: dict[str, Any] = {"seed": seed}
     for kind, num_held_out in NUM_HELD_OUT.items():
         config = load_config(f"lab-{kind}", overrides=[f"train.seed={seed}"])

@@ -23,6 +23,7 @@ import flows.artifacts
 from cat_grpo.config import Config, load_config
 from cat_grpo.rundir import RunDir
 from flows.artifacts import artifact_key
+from flows.demo import make_room
 from flows.evaluate import evaluate
 from flows.synthesize import synthesize
 from flows.train import train
@@ -192,3 +193,18 @@ async def test_evaluate_measures_a_checkpoint(tiny: Tiny, tmp_path: Path):
 @pytest.mark.parametrize(("name", "key"), [("runs/Demo_1", "runs-demo-1"), ("/", "run"), ("é", "run")])
 def test_a_key_has_only_what_prefect_allows(name: str, key: str):
     assert artifact_key(name) == key
+
+
+def test_a_demo_of_another_seed_steps_aside_and_comes_back(tmp_path: Path):
+    out = tmp_path / "demo"
+
+    def ask_for(seed: int) -> None:
+        make_room(out, seed)
+        (out / "verifiable").mkdir(parents=True, exist_ok=True)
+        (out / "verifiable" / "config.json").write_text(json.dumps({"train": {"seed": seed}}))
+        (out / f"made-by-{seed}").touch()
+
+    for seed in (0, 0, 1, 2, 0):
+        ask_for(seed)
+        assert sorted(path.name for path in out.glob("made-by-*")) == [f"made-by-{seed}"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo", "demo-1", "demo-2"]
