@@ -1,10 +1,14 @@
 """What a backward pass keeps of its forward pass, and how to keep less: gradient checkpointing."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -12,12 +16,23 @@ OPTIMIZER_BYTES = 12
 """A trained weight's gradient and AdamW's two moments, in float32."""
 
 
-def keep_layer_inputs_only(model: PreTrainedModel) -> None:
-    """The rest of a layer is computed again in the backward pass. Dropout stays as it is: off."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True  # of the layer alone, which asks for it; its parts do not see it
+@contextmanager
+def layer_inputs_only(model: PreTrainedModel) -> Iterator[None]:
+    """For as long as this lasts only the layers' inputs are kept, and the rest computed again when needed.
+
+    transformers' own switch would put the layers into training mode, which turns dropout on and, in an
+    engine that shares the model, the cache off. ValueError for a model without such layers.
+    """
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"model of type {model.config.model_type}: has no layers for gradient checkpointing")
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def kept_bytes(model: PreTrainedModel, forward: Callable[[], object]) -> int:
@@ -35,6 +50,12 @@ def kept_bytes(model: PreTrainedModel, forward: Callable[[], object]) -> int:
         output = forward()  # holds what is kept until it is counted
     del output
     return sum(kept.values())
+
+
+def free_cached_memory() -> None:
+    """Gives a GPU's memory that torch only keeps for later back, for other processes."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def free_bytes(device: torch.device) -> int:

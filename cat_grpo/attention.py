@@ -26,18 +26,38 @@ class Spans:
     """The tokens that all of them see; empty for prompts."""
     index: Tensor
     """(S, C): where the tokens of each span are, filled up by its last."""
-    is_token: Tensor
-    """(S, C), False on what only fills up."""
+    filled: Tensor
+    """(tokens,): the places in the flat index that do not only fill up."""
+    visible: Tensor
+    """(C, prompt + C): True where a token of the span may look, back."""
 
     @classmethod
     def of(cls, starts: Sequence[int], lengths: Sequence[int], prompt: slice = slice(0, 0)) -> "Spans":
         length = torch.tensor(lengths)[:, None]
         column = torch.arange(max(lengths))
         index = torch.tensor(starts)[:, None] + torch.minimum(column, length - 1)
-        return cls(prompt, index, column < length)
+        shared = prompt.stop - prompt.start
+        visible = torch.ones(len(column), shared + len(column), dtype=torch.bool).tril(shared)
+        return cls(prompt, index, (column < length).flatten().nonzero().flatten(), visible)
 
     def to(self, device: torch.device) -> "Spans":
-        return Spans(self.prompt, self.index.to(device), self.is_token.to(device))
+        return Spans(self.prompt, *(x.to(device) for x in (self.index, self.filled, self.visible)))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """All spans of one packed row."""
+
+    spans: tuple[Spans, ...]
+    order: Tensor
+    """(T,): where each token is among those of the spans, end to end."""
+
+    @classmethod
+    def of(cls, spans: Sequence[Spans]) -> "Layout":
+        return cls(tuple(spans), torch.cat([part.index.flatten()[part.filled] for part in spans]).argsort())
+
+    def to(self, device: torch.device) -> "Layout":
+        return Layout(tuple(part.to(device) for part in self.spans), self.order.to(device))
 
 
 def packed_attention(
@@ -49,7 +69,7 @@ def packed_attention(
     scaling: float,
     dropout: float = 0.0,
     *,
-    spans: Sequence[Spans],
+    layout: Layout,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **unused: Any,
@@ -65,19 +85,18 @@ def packed_attention(
     repeats = query.shape[1] // key.shape[1]
     query = query[0].transpose(0, 1)  # (T, heads, d)
     key, value = (x[0].transpose(0, 1).repeat_interleave(repeats, dim=1) for x in (key, value))
-    outputs, places = [], []
-    for part in spans:
-        index, is_token = part.index, part.is_token
+    outputs = []
+    for part in layout.spans:
+        index = part.index
         attended = scaled_dot_product_attention(
             query[index].transpose(1, 2),  # (S, heads, C, d)
             _with_prompt(key, part.prompt, index),  # (S, heads, prompt + C, d)
             _with_prompt(value, part.prompt, index),
-            attn_mask=_visible(part.prompt, index.shape[1], sliding_window, query.device),
+            attn_mask=_through(part, sliding_window),
             scale=scaling,
         )
-        outputs.append(attended.transpose(1, 2)[is_token])
-        places.append(index[is_token])
-    return torch.cat(outputs)[torch.cat(places).argsort()].unsqueeze(0), None
+        outputs.append(attended.transpose(1, 2).flatten(0, 1)[part.filled])
+    return torch.cat(outputs)[layout.order].unsqueeze(0), None
 
 
 def _with_prompt(values: Tensor, prompt: slice, index: Tensor) -> Tensor:
@@ -86,11 +105,10 @@ def _with_prompt(values: Tensor, prompt: slice, index: Tensor) -> Tensor:
     return torch.cat([shared, values[index]], dim=1).transpose(1, 2)
 
 
-def _visible(prompt: slice, length: int, window: int | None, device: torch.device) -> Tensor:
-    """(C, prompt + C): True where a token of the span may look: back, and less than `window` far."""
-    prompt_length = prompt.stop - prompt.start
-    seen = torch.ones(length, prompt_length + length, dtype=torch.bool, device=device).tril(prompt_length)
-    return seen if window is None else seen.triu(prompt_length - window + 1)
+def _through(part: Spans, window: int | None) -> Tensor:
+    """What is visible less than `window` back."""
+    shared = part.prompt.stop - part.prompt.start
+    return part.visible if window is None else part.visible.triu(shared - window + 1)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from cat_grpo.attention import Spans
+from cat_grpo.attention import Layout, Spans
 from cat_grpo.config import LearnerConfig
 from cat_grpo.grpo import (
     constant_weights,
@@ -43,6 +43,10 @@ class TrainingRow:
             raise ValueError(f"{num_tokens} tokens, {num_logprobs} logprobs, {num_anchor} of the anchor")
 
 
+Pack = dict[tuple[int, ...], list[TrainingRow]]
+"""The rollouts of one micro-batch, by their prompts."""
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """The rollouts of one step that have a reward."""
@@ -66,7 +70,7 @@ class MicroBatch:
     """(1, T)."""
     position_ids: Tensor
     """(1, T), each rollout's as if it stood behind its prompt alone."""
-    spans: tuple[Spans, ...]
+    layout: Layout
     predictors: Tensor
     """(N,): the place among the T whose hidden state predicts the token."""
     token_ids: Tensor
@@ -89,7 +93,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type is Tensor}
-        return replace(self, spans=tuple(part.to(device) for part in self.spans), **moved)
+        return replace(self, layout=self.layout.to(device), **moved)
 
 
 def total_rewards(scored: Sequence[ScoredGroup], kl: Sequence[Sequence[float]], kl_coef: float) -> Tensor:
@@ -165,19 +169,21 @@ def make_batch(
 
 
 def micro_batches(rows: Sequence[TrainingRow], max_tokens: int) -> Iterator[MicroBatch]:
-    """The rows, those of one prompt together, in packs of at most `max_tokens` tokens.
+    """The rows in packs of at most `max_tokens` tokens. ValueError for a row that is longer than that."""
+    return map(_pack, packs(rows, max_tokens))
 
-    ValueError for a row that is longer than that by itself.
-    """
-    groups: dict[tuple[int, ...], list[TrainingRow]] = {}
+
+def packs(rows: Sequence[TrainingRow], max_tokens: int) -> Iterator[Pack]:
+    """Which rows make a micro-batch, those of one prompt together. ValueError as of `micro_batches`."""
+    groups: Pack = {}
     for row in rows:
         groups.setdefault(row.prompt_token_ids, []).append(row)
-    pack: dict[tuple[int, ...], list[TrainingRow]] = {}
+    pack: Pack = {}
     size = 0
     for prompt, members in groups.items():
         whole = len(prompt) + sum(_own_length(row) for row in members)
         if pack and size + whole > max_tokens >= whole:  # a group that can stay whole does
-            yield _pack(pack)
+            yield pack
             pack, size = {}, 0
         for row in members:
             if len(prompt) + _own_length(row) > max_tokens:
@@ -186,19 +192,19 @@ def micro_batches(rows: Sequence[TrainingRow], max_tokens: int) -> Iterator[Micr
                     f"{len(prompt)} + {len(row.token_ids)} tokens"
                 )
             if size + _own_length(row) + (0 if prompt in pack else len(prompt)) > max_tokens:
-                yield _pack(pack)
+                yield pack
                 pack, size = {}, 0
             size += _own_length(row) + (0 if prompt in pack else len(prompt))
             pack.setdefault(prompt, []).append(row)
     if pack:
-        yield _pack(pack)
+        yield pack
 
 
 def _own_length(row: TrainingRow) -> int:
     return max(len(row.token_ids) - 1, 0)
 
 
-def _pack(groups: dict[tuple[int, ...], list[TrainingRow]]) -> MicroBatch:
+def _pack(groups: Pack) -> MicroBatch:
     input_ids: list[int] = []
     position_ids: list[int] = []
     predictors: list[int] = []
@@ -227,7 +233,7 @@ def _pack(groups: dict[tuple[int, ...], list[TrainingRow]]) -> MicroBatch:
     return MicroBatch(
         input_ids=torch.tensor([input_ids]),
         position_ids=torch.tensor([position_ids]),
-        spans=(prompts, *spans),
+        layout=Layout.of([prompts, *spans]),
         predictors=torch.tensor(predictors),
         token_ids=torch.tensor([token for row in rows for token in row.token_ids]),
         row=torch.tensor([i for i, row in enumerate(rows) for _ in row.token_ids]),

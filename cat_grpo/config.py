@@ -1,8 +1,8 @@
 """Every decision that a user may change, once. A field's docstring is its help text in the Prefect form.
 
 Defaults follow the paper (CaT, arXiv:2509.14234v3) where it gives a value for every model, but for the
-departures that the README lists. Presets are sparse TOML files over these defaults, with what one model or data
-set wants; overrides are sparse too; the resolved tree is saved with the run.
+departures that the README lists. Presets are sparse TOML files over these defaults, with what one model or
+data set wants; overrides are sparse too; the resolved tree is saved with the run.
 """
 
 import tomllib
@@ -123,9 +123,10 @@ class LearnerConfig(Section):
     nothing (Dr. GRPO)."""
     mean_over: Literal["sequence", "token", "constant"] = "sequence"
     """Every rollout counts the same, whatever its length (GRPO); every token of the step does (DAPO); or a
-    token is one over group_size x max_tokens, whatever was sampled (Dr. GRPO)."""
+    token counts one over rollouts x rollout.max_tokens, whatever their lengths are (Dr. GRPO)."""
     ratio: Literal["token", "sequence"] = "token"
-    """The importance ratio of the policy to its past self, of each token, or of whole rollouts (GSPO)."""
+    """The importance ratio of the policy to its past self, of each token, or of whole rollouts (GSPO, whose
+    clips are 3e-4 and 4e-4)."""
     surrogate: Literal["clipped", "cispo"] = "clipped"
     """PPO's clip, which takes the gradient of far tokens away, or CISPO's, which only bounds their weight."""
     clip_low: float = Field(default=0.2, ge=0.0, le=1.0)

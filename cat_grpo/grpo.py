@@ -134,6 +134,12 @@ def is_clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: fl
     return ((ratio < 1 - clip_low) & (advantages < 0)) | ((ratio > 1 + clip_high) & (advantages > 0))
 
 
+def is_capped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """True on the tokens whose weight `cispo_surrogate` has bounded: (N,), (N,) -> (N,)."""
+    del advantages, clip_low
+    return ratio > 1 + clip_high
+
+
 # What a token counts for. `lengths` (S,) are those of all sequences of the step, or of a part of it.
 
 
@@ -152,7 +158,7 @@ def token_mean_weights(lengths: Tensor, num_tokens: int) -> Tensor:
 
 def constant_weights(lengths: Tensor, num_sequences: int, max_tokens: int) -> Tensor:
     """1 / (num_sequences * max_tokens): no length in the denominator (Dr. GRPO): (S,) -> (S,)."""
-    return torch.full(lengths.shape, 1.0 / (num_sequences * max_tokens), dtype=torch.float64)
+    return torch.full(lengths.shape, 1.0 / max(num_sequences * max_tokens, 1), dtype=torch.float64)
 
 
 # The gap between the engine that sampled and the learner

@@ -45,6 +45,7 @@ def head_logprobs(
     tile_tokens: int = TILE_TOKENS,
 ) -> Tensor:
     """log pi of each token, without a gradient: (N, H), (V, H), (N,) -> (N,)."""
+    weight = weight.to(hidden.dtype)
     parts = [
         _chosen(_logits(hidden[at], weight, temperature), token_ids[at])[0]
         for at in _tiles(len(token_ids), tile_tokens)
@@ -53,8 +54,9 @@ def head_logprobs(
 
 
 def head_bytes(weight: Tensor, tile_tokens: int = TILE_TOKENS) -> int:
-    """The most memory that `head_loss` takes beside its arguments: three tiles and the weight's gradient."""
-    return 4 * (3 * tile_tokens * weight.shape[0] + weight.numel())
+    """What `head_loss` takes beside its arguments, at most: three tiles, the gradient of the weight, its
+    scaled copy, and the weight and a term of its gradient in a lower precision."""
+    return 4 * 3 * tile_tokens * weight.shape[0] + (4 + 4 + 2 + 2) * weight.numel()
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -72,18 +74,19 @@ class _HeadLoss(torch.autograd.Function):
         tile_tokens: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         tiles = _tiles(len(token_ids), tile_tokens)
+        computed = weight.to(hidden.dtype)
         if separable:
             loss, per_token_grad = at_least_float32(hidden.new_zeros(())), None
         else:
             loss, per_token_grad = _value_and_grad(
-                loss_of, head_logprobs(hidden, weight, token_ids, temperature, tile_tokens), slice(None)
+                loss_of, head_logprobs(hidden, computed, token_ids, temperature, tile_tokens), slice(None)
             )
         hidden_grad = torch.empty_like(hidden)
         is_trained = ctx.needs_input_grad[1]
         weight_grad = at_least_float32(torch.zeros_like(weight if is_trained else weight[:0]))
         logprobs, entropies = [], []
         for at in tiles:
-            logits = _logits(hidden[at], weight, temperature)
+            logits = _logits(hidden[at], computed, temperature)
             logprob, entropy, probs = _chosen(logits, token_ids[at])
             if per_token_grad is None:
                 part, grad = _value_and_grad(loss_of, logprob, at)
@@ -94,8 +97,10 @@ class _HeadLoss(torch.autograd.Function):
             logits_grad = probs.mul_(-grad.unsqueeze(-1))
             logits_grad.scatter_add_(-1, token_ids[at].unsqueeze(-1), grad.unsqueeze(-1))
             logits_grad = logits_grad.div_(temperature).to(hidden.dtype)
-            hidden_grad[at] = logits_grad @ weight.to(hidden.dtype)
-            if is_trained:
+            hidden_grad[at] = logits_grad @ computed
+            if is_trained and weight_grad.dtype == hidden.dtype:
+                weight_grad.addmm_(logits_grad.T, hidden[at])  # no second (V, H)
+            elif is_trained:
                 weight_grad += logits_grad.T @ hidden[at]
             logprobs.append(logprob)
             entropies.append(entropy)
@@ -117,7 +122,7 @@ def _tiles(num_tokens: int, tile_tokens: int) -> list[slice]:
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    return at_least_float32(hidden @ weight.to(hidden.dtype).T) / temperature
+    return at_least_float32(hidden @ weight.T) / temperature
 
 
 def _chosen(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

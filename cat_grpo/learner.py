@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cat_grpo import grpo
-from cat_grpo.activations import OPTIMIZER_BYTES, free_bytes, keep_layer_inputs_only, kept_bytes
+from cat_grpo.activations import OPTIMIZER_BYTES, free_bytes, kept_bytes, layer_inputs_only
 from cat_grpo.attention import packed
 from cat_grpo.batches import KL_ESTIMATORS, Batch, MicroBatch, TrainingRow, micro_batches
 from cat_grpo.config import LearnerConfig
@@ -24,6 +25,7 @@ OPTIMIZER = "optimizer.pt"
 """The file of a checkpoint that has the optimizer's state."""
 RATIOS = {"token": grpo.token_ratio, "sequence": grpo.sequence_ratio}
 SURROGATES = {"clipped": grpo.clipped_surrogate, "cispo": grpo.cispo_surrogate}
+IS_CLIPPED = {"clipped": grpo.is_clipped, "cispo": grpo.is_capped}
 IMPORTANCE = {
     "none": grpo.no_importance,
     "token": grpo.token_importance,
@@ -54,9 +56,8 @@ class Learner:
         self._config = config
         self._temperature = temperature
         self._check_packing()
-        checkpointing = config.gradient_checkpointing
-        if checkpointing == "on" or (checkpointing == "auto" and not self._fits()):
-            keep_layer_inputs_only(model)
+        wanted = config.gradient_checkpointing
+        self._layer_inputs_only = wanted == "on" or (wanted == "auto" and not self._fits())
         self._prepare()
         self._weights = [weight for weight in model.parameters() if weight.requires_grad]
         self._optimizer = torch.optim.AdamW(
@@ -80,7 +81,8 @@ class Learner:
         # The policy before the step is the policy of the first forward pass: it needs none of its own.
         old_logprobs: list[Tensor | None] = [None] * len(chunks)
         updates = []
-        with packed(self.model):
+        memory = layer_inputs_only(self.model) if self._layer_inputs_only else nullcontext()
+        with packed(self.model), memory:
             for _ in range(self._config.updates_per_step):
                 update, logprobs = self._update_once(chunks, old_logprobs)
                 old_logprobs = [
@@ -164,26 +166,38 @@ class Learner:
         """The states that predict the chunk's tokens: (N, H)."""
         with self._autocast():
             output = self.model.get_decoder()(
-                input_ids=chunk.input_ids, position_ids=chunk.position_ids, spans=chunk.spans, use_cache=False
+                input_ids=chunk.input_ids,
+                position_ids=chunk.position_ids,
+                layout=chunk.layout,
+                use_cache=False,
             )
-        return output.last_hidden_state[0, chunk.predictors]
+        hidden = output.last_hidden_state[0, chunk.predictors]
+        # The last norm gives float32 back where the weights are: the head would be computed in it.
+        return hidden.to(self._compute_dtype) if self._is_half else hidden
+
+    @property
+    def _is_half(self) -> bool:
+        return self._compute_dtype != torch.float32
 
     def _autocast(self) -> torch.autocast:
-        is_lower = self._compute_dtype != torch.float32
-        return torch.autocast(self.model.device.type, self._compute_dtype, enabled=is_lower)
+        return torch.autocast(self.model.device.type, self._compute_dtype, enabled=self._is_half)
 
-    def _example(self, *completions: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _example(self, prompt: Sequence[int], *completions: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Completions of one prompt in a pack: the states of `_hidden`, and the tokens that they predict."""
-        rows = [TrainingRow((1, 2, 3), tuple(ids), (0.0,) * len(ids), 1.0, 1.0) for ids in completions]
-        (chunk,) = micro_batches(rows, sum(map(len, completions)) + 3)
+        rows = [TrainingRow(tuple(prompt), tuple(ids), (0.0,) * len(ids), 1.0, 1.0) for ids in completions]
+        (chunk,) = micro_batches(rows, sum(map(len, completions)) + len(prompt))
         chunk = chunk.to(self.model.device)
         with packed(self.model):
             return self._hidden(chunk), chunk.token_ids
 
     def _fits(self) -> bool:
         """Whether what a micro-batch keeps for its backward pass fits beside gradients and optimizer."""
-        few, many = (kept_bytes(self.model, partial(self._example, [1] * n)) for n in (16, 48))
-        activations = self._config.micro_batch_tokens * (many - few) / (48 - 16)
+        group = {
+            n: partial(self._example, [1] * n, *[[1] * n] * 8) for n in (4, 20)
+        }  # prompts as long as rollouts
+        few, many = (kept_bytes(self.model, forward) for forward in group.values())
+        per_token = (many - few) / (9 * (20 - 4))
+        activations = few + per_token * self._config.micro_batch_tokens
         trained = [weight.numel() for weight in self.model.parameters() if weight.requires_grad]
         optimizer = OPTIMIZER_BYTES * sum(trained) / self._config.num_ranks
         return activations + head_bytes(self._head) + optimizer < free_bytes(self.model.device)
@@ -197,15 +211,14 @@ class Learner:
     def _check_packing(self) -> None:
         """ValueError for a model that predicts otherwise in a pack: one with recurrent layers, say, or with
         a bias or a scale after its head."""
-        completions = (1, 4, 5), (2, 4, 5)
-        hidden, token_ids = self._example(*completions)
+        prompt, completions = (1, 2, 3), ((1, 4, 5), (2, 4, 5))
+        hidden, token_ids = self._example(prompt, *completions)
         ours = head_logprobs(hidden, self._head, token_ids)
-        ids = torch.tensor([(1, 2, 3, *completion) for completion in completions], device=self.model.device)
+        ids = torch.tensor([prompt + completion for completion in completions], device=self.model.device)
         with self._autocast():
             logits = self.model(ids, use_cache=False).logits[:, 2:-1]
         gap = (ours - grpo.token_logprobs(logits, ids[:, 3:]).flatten()).abs().max().item()
-        is_half = self._compute_dtype != torch.float32
-        if not gap < (HALF_PACKING_TOLERANCE if is_half else PACKING_TOLERANCE):
+        if not gap < (HALF_PACKING_TOLERANCE if self._is_half else PACKING_TOLERANCE):
             kind = self.model.config.model_type
             raise ValueError(
                 f"model of type {kind}: packed, its logprobs are {gap:.2g} off: it cannot be trained"
@@ -241,7 +254,8 @@ class Learner:
         """What to report, summed over the chunk's tokens."""
         old = logprobs if old_logprobs is None else old_logprobs
         ratio = RATIOS[self._config.ratio](logprobs, old, chunk.row)
-        clipped = grpo.is_clipped(ratio, chunk.advantages, self._config.clip_low, self._config.clip_high)
+        is_clipped = IS_CLIPPED[self._config.surrogate]
+        clipped = is_clipped(ratio, chunk.advantages, self._config.clip_low, self._config.clip_high)
         kl = {}
         if len(chunk.anchor_logprobs):
             kl["kl"] = KL_ESTIMATORS[self._config.kl_estimator](logprobs, chunk.anchor_logprobs).sum()
@@ -249,7 +263,7 @@ class Learner:
             "tokens": torch.tensor(len(chunk.token_ids), device=logprobs.device),
             "entropy": entropy.sum(),
             "clip_frac": clipped.sum(),
-            "sampler_gap": (logprobs - chunk.sampling_logprobs).abs().sum(),
+            "sampler_gap": (old - chunk.sampling_logprobs).abs().sum(),
         }
 
 

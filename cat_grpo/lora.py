@@ -20,7 +20,7 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: int, seed: int) -> No
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ValueError("learner.lora_rank: needs peft: in the checkout, pip install -e '.[lora]'") from error
+        raise ValueError("learner.lora_rank needs peft: pip install -e '.[lora]' in a checkout") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -28,6 +28,11 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: int, seed: int) -> No
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
+
+
+def has_adapters(model: PreTrainedModel) -> bool:
+    """Whether it came from a folder that holds adapters, or was given some."""
+    return getattr(model, "_hf_peft_config_loaded", False)
 
 
 @contextmanager

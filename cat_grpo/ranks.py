@@ -13,7 +13,7 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -28,10 +28,13 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cat_grpo.batches import Batch, MicroBatch, TrainingRow, micro_batches
+from cat_grpo.activations import free_cached_memory
+from cat_grpo.batches import Batch, MicroBatch, TrainingRow, micro_batches, packs
 from cat_grpo.config import LearnerConfig
 from cat_grpo.learner import Learner
 
+PATIENCE = 60
+"""Seconds to wait for room on a Ray cluster that others use."""
 SHARDS = "optimizer"
 """The folder of a checkpoint in which the ranks keep their parts of the optimizer's state."""
 
@@ -59,24 +62,25 @@ class Ranks:
             ray.init(include_dashboard=False, log_to_driver=False)
         device = model.device.type
         bundle = {"CPU": 1.0} | ({"GPU": 1.0} if device == "cuda" else {})
-        for kind, each in bundle.items():
-            needed, there = each * config.num_ranks, ray.cluster_resources().get(kind, 0)
-            if there < needed:
-                raise ValueError(f"learner.num_ranks: needs {needed:g} {kind}s, and Ray has {there:g}")
-        self._group = placement_group([bundle] * config.num_ranks, strategy="PACK")
-        ray.get(self._group.ready())
+        self._ranks: list[Any] = []
+        self._group = _room_for(bundle, config.num_ranks)
         actor = ray.remote(_Rank).options(
             num_cpus=1,
             num_gpus=bundle.get("GPU", 0),
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group),
         )
-        self._ranks: list[Any] = [actor.remote(rank, config.num_ranks) for rank in range(config.num_ranks)]
-        address = ray.get(self._ranks[0].address.remote())
+        self._ranks += [actor.remote(rank, config.num_ranks) for rank in range(config.num_ranks)]
         path = str(Path(path).resolve()) if Path(path).exists() else path  # the ranks' own folder is another
-        self._each("join", address, path, device, config, temperature, compute_dtype)
+        try:
+            address = ray.get(self._ranks[0].address.remote())
+            self._each("join", address, path, device, config, temperature, compute_dtype)
+        except BaseException:
+            self.close()
+            raise
 
     def update(self, batch: Batch) -> dict[str, float]:
         """As `Learner.update`; every rank returns the same."""
+        free_cached_memory()  # this process serves engines on the device that a rank has too
         metrics = self._each("update", ray.put(batch))[0]
         self._gather()
         return metrics
@@ -102,6 +106,32 @@ class Ranks:
 
     def _gather(self) -> None:
         self.model.load_state_dict(self._each("weights")[0])
+
+
+def _room_for(bundle: dict[str, float], num_ranks: int) -> PlacementGroup:
+    """Room for all ranks at once. ValueError where Ray has less, or others take it."""
+    for kind, each in bundle.items():
+        needed, there = each * num_ranks, ray.cluster_resources().get(kind, 0)
+        if there < needed:
+            raise ValueError(f"learner.num_ranks: needs {needed:g} {kind}s, and Ray has {there:g}")
+    group = placement_group([bundle] * num_ranks, strategy="PACK")
+    if not group.wait(timeout_seconds=PATIENCE):
+        remove_placement_group(group)
+        raise ValueError(f"learner.num_ranks: Ray had no room for {num_ranks} ranks within {PATIENCE} s")
+    return group
+
+
+def even_size(rows: Sequence[TrainingRow], max_tokens: int, num_ranks: int) -> int:
+    """A size of micro-batches, at most `max_tokens`, whose number the ranks can share evenly.
+
+    The least for which there are no more of them than the ranks make in as few rounds as can be.
+    """
+    rounds = -(-sum(1 for _ in packs(rows, max_tokens)) // num_ranks)
+    longest = max(len(row.prompt_token_ids) + len(row.token_ids) for row in rows)
+    size = min(longest, max_tokens)
+    while size < max_tokens and sum(1 for _ in packs(rows, size)) > rounds * num_ranks:
+        size = min(size + max(size // 50, 1), max_tokens)
+    return size
 
 
 class ShardedLearner(Learner):
@@ -137,16 +167,12 @@ class ShardedLearner(Learner):
         return self.model.grpo_loss(chunk, old_logprobs)
 
     def _chunks(self, rows: Sequence[TrainingRow]) -> list[MicroBatch]:
-        """Every n-th micro-batch, small enough that there is one for each rank; a rank that still has one
-        less than the others computes along without weight."""
+        """This rank's micro-batches, as many as each other has: where one is missing, it computes along
+        with the smallest, without weight."""
         rank, num_ranks = dist.get_rank(), dist.get_world_size()
-        prompts = {row.prompt_token_ids for row in rows}
-        share = -(-(sum(map(len, prompts)) + sum(len(row.token_ids) for row in rows)) // num_ranks)
-        longest = max(len(row.prompt_token_ids) + len(row.token_ids) for row in rows)
-        max_tokens = min(self._config.micro_batch_tokens, max(share, longest))
-        chunks = list(micro_batches(rows, max_tokens))
-        idle = -len(chunks) % num_ranks
-        return [*chunks, *[chunks[0].idle()] * idle][rank::num_ranks]
+        chunks = list(micro_batches(rows, even_size(rows, self._config.micro_batch_tokens, num_ranks)))
+        smallest = min(chunks, key=lambda chunk: chunk.input_ids.numel())
+        return [*chunks, *[smallest.idle()] * (-len(chunks) % num_ranks)][rank::num_ranks]
 
     def _total(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         values = torch.stack([value.double() for value in sums.values()])
@@ -181,7 +207,9 @@ class _Rank:
         self._learner = ShardedLearner(model.eval(), config, temperature, compute_dtype)
 
     def update(self, batch: Batch) -> dict[str, float]:
-        return self._learner.update(batch)
+        metrics = self._learner.update(batch)
+        free_cached_memory()
+        return metrics
 
     def weights(self) -> dict[str, Any]:
         """Whole on the first rank, empty on the others."""

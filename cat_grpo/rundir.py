@@ -16,6 +16,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,12 @@ from cat_grpo.tables import (
 Metrics = dict[str, float]
 
 VERSIONS_OF = ("cat-grpo", "torch", "transformers", "datasets", "prefect")
-MAY_CHANGE = {"steps", "checkpoint_every", "validation", "validation_limit", "patience", "max_consensus"}
-"""Training settings that a resumed run may set anew; everything else decides what its steps mean."""
+MAY_CHANGE = {
+    "train": {"steps", "checkpoint_every", "validation", "validation_limit", "patience", "max_consensus"},
+    "learner": {"micro_batch_tokens", "gradient_checkpointing"},
+    "model": {"max_batch_tokens"},
+}
+"""What a resumed run may set anew, for more steps or less memory; the rest decides what its steps mean."""
 
 
 class RunDir:
@@ -187,8 +192,8 @@ def refuse_other_settings(path: Path, config: Config) -> None:
         return
     there = json.loads((path / "config.json").read_text())
     asked = json.loads(config.model_dump_json())
-    for tree in (there, asked):
-        tree["train"] = {key: value for key, value in tree["train"].items() if key not in MAY_CHANGE}
+    for tree, (section, keys) in product((there, asked), MAY_CHANGE.items()):
+        tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
     for section in asked:
         if asked[section] != there.get(section):
             raise ValueError(

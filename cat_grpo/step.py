@@ -23,7 +23,7 @@ from cat_grpo.engines import Engine, Engines
 from cat_grpo.engines.hf import HFEngine, load_model_and_tokenizer, model_folder, resolve_dtype
 from cat_grpo.evaluate import LabelledProblem, evaluate, load_labelled
 from cat_grpo.learner import Learner, NotFiniteError, set_aside
-from cat_grpo.lora import add_adapters
+from cat_grpo.lora import add_adapters, has_adapters
 from cat_grpo.metrics import Metrics, mean, step_metrics
 from cat_grpo.records import Problem, ScoredGroup
 from cat_grpo.references import estimate_references
@@ -181,6 +181,8 @@ def open_loop(config: Config, run_path: Path) -> Loop:
     lora_rank = config.learner.lora_rank
     # Weights that are trained are kept in float32; beside adapters they are only computed with.
     model, tokenizer = load_model_and_tokenizer(config.model, None if lora_rank else torch.float32)
+    if has_adapters(model):
+        raise ValueError(f"model {config.model.path!r}: is adapters: cat-grpo export makes a model of them")
     if lora_rank:
         add_adapters(model, lora_rank, config.learner.lora_alpha, config.train.seed)
     policy = HFEngine(model, tokenizer, config.model)
@@ -205,7 +207,7 @@ def _open_learner(model: PreTrainedModel, config: Config) -> "Learner | Ranks":
     try:
         from cat_grpo.ranks import Ranks
     except ImportError as error:
-        raise ValueError("learner.num_ranks: needs Ray: in the checkout, pip install -e '.[ray]'") from error
+        raise ValueError("learner.num_ranks needs Ray: pip install -e '.[ray]' in a checkout") from error
     return Ranks(model, model_folder(config.model.path), learner, config.rollout.temperature, dtype)
 
 

@@ -64,7 +64,7 @@ def test_a_pack_predicts_what_its_rollouts_predict_alone(name: str, max_tokens: 
                 hidden = model.get_decoder()(
                     input_ids=pack.input_ids,
                     position_ids=pack.position_ids,
-                    spans=pack.spans,
+                    layout=pack.layout,
                     use_cache=False,
                 ).last_hidden_state
             found += list(model.get_output_embeddings()(hidden[0, pack.predictors]))

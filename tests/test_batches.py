@@ -87,11 +87,13 @@ def test_the_layout_by_hand():
     assert batch.advantages.tolist() == [2, 2, 2, -2, -1, -1]
     assert batch.weights.tolist() == [0.25] * 6
     assert batch.sampling_logprobs.tolist() == pytest.approx([-0.1, -0.2, -0.3, -0.1, -0.1, -0.2])
-    prompts, first, second = batch.spans
+    prompts, first, second = batch.layout.spans
     assert prompts.index.tolist() == [[0, 1], [4, 4]]
-    assert prompts.is_token.tolist() == [[True, True], [True, False]]
+    assert prompts.filled.tolist() == [0, 1, 2]  # the second prompt's second place only fills up
     assert (first.prompt, first.index.tolist()) == (slice(0, 2), [[2, 3]])
+    assert first.visible.tolist() == [[True, True, True, False], [True, True, True, True]]
     assert (second.prompt, second.index.tolist()) == (slice(4, 5), [[5]])
+    assert batch.layout.order.tolist() == [0, 1, 3, 4, 2, 5]  # the spans' tokens are 0 1 4, 2 3, 5
 
 
 def test_one_token_less_makes_two_packs():
@@ -130,7 +132,7 @@ def test_every_row_is_there_once_with_what_is_its_own(max_tokens: int):
 
 def test_every_place_of_a_pack_is_attended_once():
     for pack in micro_batches(random_rows(seed=1), 300):
-        places = torch.cat([part.index[part.is_token] for part in pack.spans])
+        places = torch.cat([part.index.flatten()[part.filled] for part in pack.layout.spans])
         assert sorted(places.tolist()) == list(range(pack.input_ids.shape[1]))
 
 

@@ -75,6 +75,19 @@ def test_a_scaled_loss_has_a_scaled_gradient():
     assert_close(gradients[1], tuple(3 * gradient for gradient in gradients[0]))
 
 
+def test_a_gradient_of_many_tiles_is_summed_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4096, 4, generator=generator).bfloat16()
+    weight = torch.randn(5, 4, generator=generator).requires_grad_()
+    token_ids = torch.zeros(4096).long()
+    options = {"tile_tokens": 4}
+    head_loss(hidden, weight, token_ids, lambda logprobs, at: -logprobs.sum(), **options)[0].backward()
+    exact = weight.detach().double().requires_grad_()
+    (-token_logprobs(hidden.double() @ exact.T, token_ids).sum()).backward()
+    gap = (weight.grad - exact.grad).norm() / exact.grad.norm()
+    assert gap < 4e-3  # bfloat16 has eight bits: 1,024 terms added in it are off by far more
+
+
 def test_half_precision_is_summed_in_float32():
     hidden, weight, token_ids = inputs(torch.bfloat16)
     loss, logprobs, entropy = head_loss(hidden, weight, token_ids, lambda logprobs, at: -logprobs.sum())

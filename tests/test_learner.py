@@ -138,9 +138,13 @@ def test_the_gradient_is_that_of_a_plain_loop(gradients):
 
 
 def test_the_gradient_does_not_depend_on_the_micro_batches(gradients):
+    numbers = []
     for micro_batch_tokens in (64, 100, 16384):
         model = tiny_model()
-        learner_of(model, micro_batch_tokens=micro_batch_tokens).update(batch_of(model, ADVANTAGES))
+        batch = batch_of(model, ADVANTAGES * 3)
+        numbers.append(len(list(micro_batches(batch.with_signal, micro_batch_tokens))))
+        learner_of(model, micro_batch_tokens=micro_batch_tokens).update(batch)
+    assert numbers[0] > numbers[1] > numbers[2] == 1
     for other in gradients[1:]:
         assert_close(other, gradients[0], atol=1e-6, rtol=0)
 
@@ -153,7 +157,8 @@ def test_in_double_precision_the_gradient_is_the_plain_one_to_ten_digits(gradien
     )
     model = GPT2LMHeadModel(config).eval().double()
     plain = copy.deepcopy(model)
-    batch = shared_prompts(batch_of(model, ADVANTAGES))
+    batch = shared_prompts(batch_of(model, ADVANTAGES * 4))
+    assert len(list(micro_batches(batch.with_signal, 64))) > 1
     for row in batch.rows:
         (-row.weight * row.advantage * logprobs_of(plain, row).sum()).backward()
     learner_of(model, micro_batch_tokens=64).update(batch)
@@ -314,7 +319,7 @@ def test_with_one_update_the_policy_is_its_own_past():
 )
 def test_what_is_not_finite_stops_before_the_step_and_leaves_no_trace(advantage, breaks_gradient, message):
     model = tiny_model()
-    batch = batch_of(model, ADVANTAGES)
+    batch = batch_of(model, ADVANTAGES * 3)
     learner = learner_of(model, micro_batch_tokens=64)
     learner.update(batch)
     undisturbed = copy.deepcopy(model)
@@ -387,12 +392,25 @@ def test_entropy_is_the_mean_over_the_trained_tokens():
     assert metrics["entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-5)
 
 
-def test_the_sampler_gap_is_how_far_the_engine_is_from_the_learner():
+@pytest.mark.parametrize("updates", [1, 3])
+def test_the_sampler_gap_is_how_far_the_engine_is_from_the_learner_before_the_step(updates: int):
     model = tiny_model()
     batch = batch_of(model, [1.0, -1.0])
     both = (batch, off_policy(batch))
-    gaps = [learner_of(copy.deepcopy(model)).update(b)["sampler_gap"] for b in both]
+    gaps = [learner_of(copy.deepcopy(model), updates_per_step=updates).update(b)["sampler_gap"] for b in both]
     assert gaps == pytest.approx([0.0, 0.5], abs=1e-5)
+
+
+def test_the_head_is_computed_in_the_dtype_of_the_rest():
+    """Autocast gives a norm's output back in float32, and the largest product of all would be slow."""
+    model = tiny_model()
+    learner = Learner(model, LearnerConfig(), TEMPERATURE, torch.bfloat16)
+    hidden, _ = learner._example((1, 2), (3, 4))
+    assert hidden.dtype == torch.bfloat16
+    plain = learner_of(copy.deepcopy(model))
+    batch = batch_of(model, ADVANTAGES)
+    assert learner.update(batch)["entropy"] == pytest.approx(plain.update(batch)["entropy"], rel=2e-2)
+    assert all(weight.grad is None and weight.dtype == torch.float32 for weight in model.parameters())
 
 
 def test_what_is_saved_goes_on_in_another_learner_as_if_nothing_had_been(tmp_path):
@@ -433,24 +451,33 @@ def test_gradient_checkpointing_computes_again_and_changes_nothing(gradients):
         calls.clear()
         learner.update(batch)
         assert calls == [setting] * (2 if setting == "on" else 1)
-        assert not model.model.layers[0].mlp.training  # dropout would come on with it
     assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+
+
+def test_after_an_update_with_gradient_checkpointing_the_model_samples_as_before():
+    """transformers' own switch, left on, would take an engine that shares the model its cache."""
+    model = tiny_model()
+    learner = learner_of(model, gradient_checkpointing="on", learning_rate=1e-12)
+    prompt = torch.tensor([[1, 5, 7, 2]])
+    before = model.generate(prompt, max_new_tokens=12, do_sample=False)
+    learner.update(batch_of(model, ADVANTAGES))
+    assert model.generate(prompt, max_new_tokens=12, do_sample=False).equal(before)
+    assert not any(module.training for module in model.modules())  # dropout would come on with it
 
 
 @pytest.mark.parametrize(("spare", "is_on"), [(1.5, False), (0.5, True)])
 def test_gradient_checkpointing_comes_on_when_a_micro_batch_does_not_fit(spare, is_on, monkeypatch):
     """Measured on a pack as large as a micro-batch may be, not on the small ones of the estimate."""
     model = tiny_model()
-    row = TrainingRow((1, 2, 3), (1,) * 253, (0.0,) * 253, 1.0, 0.1)
-    (chunk,) = micro_batches([row], 256)
+    rows = [TrainingRow((1,) * 24, (1,) * 29, (0.0,) * 29, 1.0, 0.1)] * 8
+    (chunk,) = micro_batches(rows, 256)
     learner = learner_of(model, gradient_checkpointing="off")
     with packed(model):
         activations = kept_bytes(model, lambda: learner._hidden(chunk))
     trained = sum(weight.numel() for weight in model.parameters())
     needed = activations + head_bytes(model.lm_head.weight) + 12 * trained
     monkeypatch.setattr("cat_grpo.learner.free_bytes", lambda device: spare * needed)
-    learner_of(model, micro_batch_tokens=256)
-    assert model.is_gradient_checkpointing is is_on
+    assert learner_of(model, micro_batch_tokens=256)._layer_inputs_only is is_on
 
 
 def test_a_batch_set_aside_is_plain_values():

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from cat_grpo.batches import Batch, TrainingRow
+from cat_grpo.batches import Batch, TrainingRow, micro_batches
 from cat_grpo.config import LearnerConfig, ModelConfig
 from cat_grpo.engines.hf import load_model_and_tokenizer, model_folder
 from cat_grpo.learner import Learner, NotFiniteError
@@ -17,7 +17,8 @@ from cat_grpo.learner import Learner, NotFiniteError
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray's, which are many
 
-SETTINGS = {"learning_rate": 1e-3, "weight_decay": 0.1, "micro_batch_tokens": 64}
+SETTINGS = {"learning_rate": 1e-4, "weight_decay": 0.1, "micro_batch_tokens": 64}
+"""With the learning rate of the lab's presets."""
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_two_ranks_end_where_one_process_does(local_ray: None, settings: dict):
     weights = one.model.state_dict()
     for name, weight in two.model.state_dict().items():
         assert_close(weight, weights[name], atol=1e-6, rtol=0, msg=name)
-    assert max((weights[name] - before[name]).abs().max().item() for name in before) > 1e-3
+    assert max((weights[name] - before[name]).abs().max().item() for name in before) > 1e-4
 
 
 def test_killed_and_resumed_the_ranks_end_alike(local_ray: None, tmp_path: Path):
@@ -84,6 +85,22 @@ def test_killed_and_resumed_the_ranks_end_alike(local_ray: None, tmp_path: Path)
         assert torch.equal(weight, steady.model.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("max_tokens", [600, 100_000])
+def test_micro_batches_leave_hardly_a_rank_idle(num_ranks: int, max_tokens: int):
+    """The share of the tokens computed, a round as long as its largest, that are trained on."""
+    from cat_grpo.ranks import even_size
+
+    rng = random.Random(0)
+    lengths = [round(rng.lognormvariate(4, 0.5)) + 1 for _ in range(128)]
+    rows = [TrainingRow((i // 8,) * 30, (1,) * n, (0.0,) * n, 1.0, 1.0) for i, n in enumerate(lengths)]
+    sizes = [b.input_ids.numel() for b in micro_batches(rows, even_size(rows, max_tokens, num_ranks))]
+    assert max(sizes) <= max_tokens
+    rounds = -(-len(sizes) // num_ranks)
+    computed = sum(max(sizes[i * num_ranks : (i + 1) * num_ranks]) for i in range(rounds)) * num_ranks
+    assert sum(sizes) / computed > 0.8
+
+
 def test_more_ranks_than_ray_has_room_for_are_refused(local_ray: None):
     with pytest.raises(ValueError, match=r"learner.num_ranks: needs 3 CPUs, and Ray has 2"):
         ranks(3)
@@ -101,5 +118,6 @@ def test_what_is_not_finite_on_one_rank_stops_them_all(local_ray: None):
     alone = Learner(lab(), LearnerConfig(**SETTINGS), 1.0)
     alone.update(batch(1, num_rollouts=4))
     for name, weight in learner.model.state_dict().items():
-        assert_close(weight, alone.model.state_dict()[name], atol=1e-6, rtol=0, msg=name)
+        # A tenth of what AdamW's first step moves, whatever small gradient it has: rounding is seen in it.
+        assert_close(weight, alone.model.state_dict()[name], atol=1e-5, rtol=0, msg=name)
         assert not torch.equal(weight, weights[name]) or "norm" in name

@@ -28,8 +28,9 @@ async def test_importance_is_off_where_the_engine_sampled_from_less(tmp_path, cu
     assert ("learner.importance is off" in caplog.text) is (importance == "none")
 
 
-async def test_a_step_without_a_reward_makes_no_update(tmp_path, monkeypatch):
-    loop = loop_of(tmp_path / "run")
+@pytest.mark.parametrize("mean_over", ["sequence", "token", "constant"])
+async def test_a_step_without_a_reward_makes_no_update(tmp_path, monkeypatch, mean_over: str):
+    loop = loop_of(tmp_path / "run", f"learner.mean_over={mean_over}")
     await loop.rollouts(0, 0)
     await loop.references(0, 0)
     await loop.scores(0, 0)

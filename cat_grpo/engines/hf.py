@@ -29,7 +29,7 @@ from transformers import (
 
 from cat_grpo.config import ModelConfig
 from cat_grpo.engines import Sampling
-from cat_grpo.grpo import token_logprobs
+from cat_grpo.head import head_logprobs
 from cat_grpo.lora import adapters_off
 from cat_grpo.records import Completion, Generation, LabelRead, Messages
 from cat_grpo.shipped import shipped
@@ -195,7 +195,8 @@ class HFEngine:
         reads: dict[int, LabelRead] = {}
         for batch in self._batches([len(row) for row in ids], 0, 1):
             input_ids, attention_mask = self._left_padded([ids[i] for i in batch])
-            logits = self._forward(input_ids, attention_mask, keep=1)[:, -1].float()  # (B, V)
+            output = self._model(**_inputs(input_ids, attention_mask), logits_to_keep=1)
+            logits = output.logits[:, -1].float()  # (B, V)
             probabilities = logits.softmax(-1)
             per_label = torch.stack([probabilities[:, ids].sum(-1) for ids in label_ids], dim=1).tolist()
             reads.update(zip(batch, (LabelRead(tuple(row)) for row in per_label), strict=True))
@@ -209,21 +210,17 @@ class HFEngine:
         for batch in self._batches([len(row) for row in rows], 0, 1):
             input_ids, attention_mask = self._left_padded([rows[i] for i in batch])
             longest = max(len(completions[i]) for i in batch)
-            logits = self._forward(input_ids, attention_mask, keep=longest + 1)[:, :-1]
-            logprobs = token_logprobs(logits, input_ids[:, input_ids.shape[1] - longest :]).tolist()
-            for i, row in zip(batch, logprobs, strict=True):
+            hidden = self._model.get_decoder()(**_inputs(input_ids, attention_mask)).last_hidden_state
+            tokens = input_ids[:, input_ids.shape[1] - longest :]
+            # In tiles, because all positions x vocabulary would be tens of gigabytes.
+            logprobs = head_logprobs(
+                hidden[:, -longest - 1 : -1].flatten(0, 1),
+                self._model.get_output_embeddings().weight,
+                tokens.flatten(),
+            )
+            for i, row in zip(batch, logprobs.view_as(tokens).tolist(), strict=True):
                 scores[i] = tuple(row[longest - len(completions[i]) :])
         return [scores[i] for i in range(len(rows))]
-
-    def _forward(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        return self._model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            logits_to_keep=keep,
-            use_cache=False,
-        ).logits
 
     def _encode(self, messages: Messages) -> list[int]:
         """Prompt ids. Special tokens in a message are text, not control, and are broken up first."""
@@ -251,6 +248,17 @@ class HFEngine:
             batch.append(i)
         if batch:
             yield batch
+
+
+def _inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+    """Of a forward pass over left-padded rows."""
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "use_cache": False,
+    }
 
 
 class _Sampler:

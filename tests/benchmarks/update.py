@@ -69,6 +69,16 @@ def trl_steps(
 
     theirs: list[float] = []
     ours: list[float] = []
+    sampling: list[float] = []
+    """Seconds that a step of TRL spends on rollouts and rewards, which are not the update's."""
+
+    class Trainer(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            began = time.perf_counter()
+            result = super()._generate_and_score_completions(inputs)
+            synchronize(model)
+            sampling.append(time.perf_counter() - began)
+            return result
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
@@ -77,7 +87,7 @@ def trl_steps(
 
         def on_step_end(self, *_, **__):
             synchronize(model)
-            theirs.append(time.perf_counter() - self.began)
+            theirs.append(time.perf_counter() - self.began - sampling.pop())
             if between is not None:
                 ours.append(seconds(between))
 
@@ -118,7 +128,7 @@ def trl_steps(
             logging_strategy="no",
             disable_tqdm=True,
         )
-        GRPOTrainer(
+        Trainer(
             model,
             reward_funcs=rewards,
             args=config,
@@ -177,7 +187,7 @@ def check_parity(shape: str, device: str) -> float:
 def best_setting(shape: str, device: str, rows: Sequence[TrainingRow]) -> tuple[int, bool]:
     """TRL's fastest micro-batch, and whether with checkpointing."""
     times = {}
-    for micro_batch in (4, 8, 16, 32):
+    for micro_batch in (m for m in (4, 8, 16, 32, 64) if m <= len(rows)):
         for checkpointing in (False, True):
             try:
                 steps, _ = trl_steps(random_model(shape, device), rows, micro_batch, checkpointing, 2)
@@ -210,10 +220,9 @@ def compare(name: str, shape: str, device: str, num_rollouts: int, num_steps: in
     """The figures of one workload."""
     rows = random_rows(WORKLOADS[name], num_rollouts, SHAPES[shape]["vocab_size"])
     micro_batch, checkpointing = best_setting(shape, device, rows)
-    ours = Ours(random_model(shape, device), rows, PACK_TOKENS)
-    theirs, mine = trl_steps(
-        random_model(shape, device), rows, micro_batch, checkpointing, num_steps + 1, between=ours
-    )
+    peer = random_model(shape, device)
+    ours = Ours(random_model(shape, device), rows, PACK_TOKENS)  # with less memory to choose from than alone
+    theirs, mine = trl_steps(peer, rows, micro_batch, checkpointing, num_steps + 1, between=ours)
     theirs, mine = theirs[1:], mine[1:]  # the first is a warm-up
     tokens = sum(len(row.token_ids) for row in rows)
     peaks = {
