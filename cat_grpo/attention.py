@@ -6,11 +6,12 @@ span's prompt, and nothing else: causal attention of each rollout by itself, ove
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -40,6 +41,12 @@ class Spans:
         visible = torch.ones(len(column), shared + len(column), dtype=torch.bool).tril(shared)
         return cls(prompt, index, (column < length).flatten().nonzero().flatten(), visible)
 
+    def rows(self) -> list[Tensor]:
+        """The tokens of each span."""
+        filled = torch.zeros(self.index.numel(), dtype=torch.bool)
+        filled[self.filled] = True
+        return [row[mask] for row, mask in zip(self.index, filled.view_as(self.index), strict=True)]
+
     def to(self, device: torch.device) -> "Spans":
         return Spans(self.prompt, *(x.to(device) for x in (self.index, self.filled, self.visible)))
 
@@ -49,15 +56,42 @@ class Layout:
     """All spans of one packed row."""
 
     spans: tuple[Spans, ...]
+    tokens: Tensor
+    """(T,): the tokens of the spans, end to end."""
     order: Tensor
-    """(T,): where each token is among those of the spans, end to end."""
+    """(T,): where each token is among those."""
+    keys: Tensor
+    """(K,): the tokens that each span's may look at, end to end: its prompt's, and its own."""
+    token_ends: Tensor
+    """(spans + 1,) int32: where each span ends among the tokens, after a 0."""
+    key_ends: Tensor
+    """(spans + 1,) int32: where each span ends among the keys, after a 0."""
+    longest: tuple[int, int]
+    """The most tokens, and the most keys, of one span."""
 
     @classmethod
     def of(cls, spans: Sequence[Spans]) -> "Layout":
-        return cls(tuple(spans), torch.cat([part.index.flatten()[part.filled] for part in spans]).argsort())
+        own = [(part.prompt, row) for part in spans for row in part.rows()]
+        seen = [torch.cat([torch.arange(prompt.start, prompt.stop), row]) for prompt, row in own]
+        tokens = torch.cat([row for _, row in own])
+        lengths, key_lengths = [len(row) for _, row in own], [len(keys) for keys in seen]
+        return cls(
+            tuple(spans),
+            tokens,
+            tokens.argsort(),
+            torch.cat(seen),
+            _ends(lengths),
+            _ends(key_lengths),
+            (max(lengths), max(key_lengths)),
+        )
 
     def to(self, device: torch.device) -> "Layout":
-        return Layout(tuple(part.to(device) for part in self.spans), self.order.to(device))
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type is Tensor}
+        return replace(self, spans=tuple(part.to(device) for part in self.spans), **moved)
+
+
+def _ends(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
 def packed_attention(
@@ -85,6 +119,37 @@ def packed_attention(
     repeats = query.shape[1] // key.shape[1]
     query = query[0].transpose(0, 1)  # (T, heads, d)
     key, value = (x[0].transpose(0, 1).repeat_interleave(repeats, dim=1) for x in (key, value))
+    by_span = _flash if _has_flash(query) else _masked
+    attended = by_span(query, key, value, layout, scaling, sliding_window)
+    return attended[layout.order].unsqueeze(0), None
+
+
+def _has_flash(query: Tensor) -> bool:
+    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None
+) -> Tensor:
+    """All spans in one call, without padding: (T, heads, d) each -> the spans' tokens, end to end."""
+    attended: Any = varlen_attn(
+        query[layout.tokens],
+        key[layout.keys],
+        value[layout.keys],
+        layout.token_ends,
+        layout.key_ends,
+        *layout.longest,
+        scale=scaling,
+        # A span's tokens are the last of its keys, and the kernel aligns them so.
+        window_size=(-1 if window is None else window - 1, 0),
+    )
+    return attended
+
+
+def _masked(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None
+) -> Tensor:
+    """The same, a call for the prompts and one for each prompt's rollouts, padded to the longest of them."""
     outputs = []
     for part in layout.spans:
         index = part.index
@@ -92,11 +157,11 @@ def packed_attention(
             query[index].transpose(1, 2),  # (S, heads, C, d)
             _with_prompt(key, part.prompt, index),  # (S, heads, prompt + C, d)
             _with_prompt(value, part.prompt, index),
-            attn_mask=_through(part, sliding_window),
+            attn_mask=_through(part, window),
             scale=scaling,
         )
         outputs.append(attended.transpose(1, 2).flatten(0, 1)[part.filled])
-    return torch.cat(outputs)[layout.order].unsqueeze(0), None
+    return torch.cat(outputs)
 
 
 def _with_prompt(values: Tensor, prompt: slice, index: Tensor) -> Tensor:

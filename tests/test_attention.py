@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from torch import Tensor
 from torch.testing import assert_close
 from transformers import (
     Gemma3ForCausalLM,
@@ -16,6 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from cat_grpo import attention
 from cat_grpo.attention import packed
 from cat_grpo.batches import TrainingRow, micro_batches
 
@@ -73,6 +75,44 @@ def test_a_pack_predicts_what_its_rollouts_predict_alone(name: str, max_tokens: 
             logits = model(torch.tensor([row.prompt_token_ids + row.token_ids]), use_cache=False).logits[0]
             alone += list(logits[len(row.prompt_token_ids) - 1 : -1])
     assert_close(torch.stack(found), torch.stack(alone), atol=1e-5, rtol=1e-5)
+
+
+def kernel_by_definition(
+    query: Tensor, key: Tensor, value: Tensor, cu_q, cu_k, max_q: int, max_k: int, *, scale, window_size
+) -> Tensor:
+    """What flash attention computes of sequences of various lengths, the last query beside the last key."""
+    outputs = []
+    for q0, q1, k0, k1 in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
+        q, k, v = query[q0:q1], key[k0:k1], value[k0:k1]
+        assert len(q) <= max_q and len(k) <= max_k
+        place = torch.arange(len(q))[:, None] + len(k) - len(q)
+        back = place - torch.arange(len(k))
+        left, right = window_size
+        hidden = (back < -right) | ((back > left) if left >= 0 else torch.zeros_like(back, dtype=torch.bool))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("max_tokens", [16, 1000])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_kernel_of_a_gpu_is_asked_for_the_same(name: str, max_tokens: int, monkeypatch):
+    model = built(name)
+    for pack in micro_batches(rows(seed=0), max_tokens):
+        states = []
+        for is_flash in (False, True):
+            monkeypatch.setattr(attention, "_has_flash", lambda query, answer=is_flash: answer)
+            monkeypatch.setattr(attention, "varlen_attn", kernel_by_definition)
+            with torch.no_grad(), packed(model):
+                states.append(
+                    model.get_decoder()(
+                        input_ids=pack.input_ids,
+                        position_ids=pack.position_ids,
+                        layout=pack.layout,
+                        use_cache=False,
+                    ).last_hidden_state
+                )
+        assert_close(states[1], states[0], atol=1e-5, rtol=1e-5)
 
 
 def test_the_models_own_attention_is_back_afterwards_whatever_happens():
