@@ -39,11 +39,11 @@ def ranks(num_ranks: int = 2, **settings):
     return Ranks(lab(), model_folder("lab"), config, temperature=1.0)
 
 
-def batch(seed: int, num_rollouts: int = 12) -> Batch:
+def batch(seed: int) -> Batch:
     """Groups of four; three or more micro-batches, so that the ranks' shares are unequal."""
     rng = random.Random(seed)
     rows = []
-    for i in range(num_rollouts):
+    for i in range(12):
         if i % 4 == 0:
             prompt = tuple(rng.choices(range(10, 200), k=6))
         ids = tuple(rng.choices(range(10, 200), k=rng.randint(2, 20)))
@@ -52,7 +52,9 @@ def batch(seed: int, num_rollouts: int = 12) -> Batch:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"updates_per_step": 2, "ratio": "sequence"}], ids=["GRPO", "GSPO, two updates"]
+    "settings",
+    [{}, {"updates_per_step": 2, "ratio": "sequence", "gradient_checkpointing": "on"}],
+    ids=["GRPO", "GSPO, two updates, checkpointed"],
 )
 def test_two_ranks_end_where_one_process_does(local_ray: None, settings: dict):
     one = Learner(lab(), LearnerConfig(**SETTINGS, **settings), 1.0)
@@ -113,10 +115,10 @@ def test_what_is_not_finite_on_one_rank_stops_them_all(local_ray: None):
     poison = TrainingRow((1,), (2,), (0.0,), float("nan"), 0.1)
     with pytest.raises(NotFiniteError, match="the loss is nan"):
         learner.update(Batch((*rows, poison)))
-    learner.update(batch(1, num_rollouts=4))  # no rank waits for another
+    learner.update(batch(1))  # no rank waits for another
     learner.close()
     alone = Learner(lab(), LearnerConfig(**SETTINGS), 1.0)
-    alone.update(batch(1, num_rollouts=4))
+    alone.update(batch(1))
     for name, weight in learner.model.state_dict().items():
         # A tenth of what AdamW's first step moves, whatever small gradient it has: rounding is seen in it.
         assert_close(weight, alone.model.state_dict()[name], atol=1e-5, rtol=0, msg=name)
