@@ -48,7 +48,7 @@ lab: .venv/.installed ## Build the lab's base model again (about 40 minutes on t
 bench: export OMP_NUM_THREADS := 2
 bench: .venv/.installed-dev ## Time the update and the loss head beside TRL's (a quarter of an hour on two cores)
 	$(BIN)/python tests/benchmarks/loss_head.py --out tests/benchmarks/loss_head.json
-	$(BIN)/python tests/benchmarks/update.py --out tests/benchmarks/update.json
+	$(BIN)/python tests/benchmarks/update.py --out tests/benchmarks/RESULTS.json
 
 chromium: # For the browser test, which skips itself and says why where there is no Chromium.
 	@if ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then \
