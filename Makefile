@@ -46,7 +46,7 @@ lab: .venv/.installed ## Build the lab's base model again (about 40 minutes on t
 	$(BIN)/cat-grpo lab build --out data/lab
 
 bench: export OMP_NUM_THREADS := 2
-bench: .venv/.installed-dev ## Time the update and the loss head beside TRL's (a quarter of an hour on two cores)
+bench: .venv/.installed-dev ## Time the update and the loss head beside TRL's (over half an hour on two cores)
 	$(BIN)/python tests/benchmarks/loss_head.py --out tests/benchmarks/loss_head.json
 	$(BIN)/python tests/benchmarks/update.py --out tests/benchmarks/RESULTS.json
 
