@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -200,6 +201,7 @@ def peak_bytes(
     side: str, shape: str, device: str, workload: str, rollouts: int, micro_batch: int, ckpt: bool
 ) -> int:
     """Of two steps of one side alone: what torch had allocated on a GPU, else the resident memory."""
+    import_module("trl.trainer.grpo_trainer")  # resident memory: the libraries of both sides are the same
     rows = random_rows(WORKLOADS[workload], rollouts, SHAPES[shape]["vocab_size"])
     model = random_model(shape, device)
     if side == "trl":
