@@ -71,7 +71,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a policy on unlabelled problems; go on where the run in this directory stopped."""
-    from cat_grpo.config import load_config
+    from cat_grpo.presets import load_config
 
     config = load_config(preset, config_file, overrides or [])
     if dry_run:
@@ -185,8 +185,8 @@ def lab_problems(
 def _config_for_model(model: str, preset: str | None, file: Path | None, overrides: list[str]) -> Any:
     """The config for asking one model. A model of ours brings the settings that it was trained with."""
     from cat_grpo.checkpoints import read_card
-    from cat_grpo.config import load_config
     from cat_grpo.engines.hf import model_folder
+    from cat_grpo.presets import load_config
 
     card = read_card(Path(model_folder(model)))
     return load_config(preset, file, [f"model.path={json.dumps(model)}", *overrides], base=card.get("config"))

@@ -1,16 +1,12 @@
 """Every decision that a user may change, once. A field's docstring is its help text in the Prefect form.
 
 Defaults follow the paper (CaT, arXiv:2509.14234v3) where it gives a value for every model, but for the
-departures that the README lists. Presets are sparse TOML files over these defaults, with what one model or
-data set wants; overrides are sparse too; the resolved tree is saved with the run.
+departures that the README lists. The resolved tree is saved with the run.
 """
 
-import tomllib
-from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Equivalence = Literal["math", "string"]
 
@@ -224,73 +220,3 @@ class Config(Section):
         if self.learner.kl_coef and self.learner.kl_in == "loss" and self.rollout.temperature != 1.0:
             raise ValueError("learner.kl_in: loss needs rollout.temperature 1, at which the anchor is scored")
         return self
-
-
-def preset_names() -> list[str]:
-    """The presets that ship with cat_grpo."""
-    return sorted(path.stem for path in _PRESETS.glob("*.toml"))
-
-
-def load_config(
-    preset: str | None = None,
-    file: Path | None = None,
-    overrides: Iterable[str] = (),
-    base: Mapping[str, Any] | None = None,
-) -> Config:
-    """Defaults, then `base`, the preset, the user's TOML file, and `section.key=value` overrides.
-
-    Raises ValueError with the source and the key in one line.
-    """
-    tree: dict[str, Any] = {}
-    _merge(tree, base or {})
-    if preset is not None:
-        if preset not in preset_names():
-            raise ValueError(f"unknown preset {preset!r}: the presets are {', '.join(preset_names())}")
-        _merge(tree, _read_toml(_PRESETS / f"{preset}.toml"))
-    if file is not None:
-        _merge(tree, _read_toml(file))
-    for override in overrides:
-        _merge(tree, _parse_override(override))
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"config: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-
-
-_PRESETS = Path(__file__).parent / "presets"
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    except ValueError as error:  # not TOML, or not UTF-8
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _parse_override(override: str) -> dict[str, Any]:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ValueError(f"override {override!r}: expected section.key=value")
-    value: Any
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = None if text.lower() in ("none", "null") else text  # a bare word is a string
-    *sections, name = key.split(".")
-    tree: dict[str, Any] = {name: value}
-    for section in reversed(sections):
-        tree = {section: tree}
-    return tree
-
-
-def _merge(tree: dict[str, Any], update: Mapping[str, Any]) -> None:
-    for key, value in update.items():
-        if isinstance(value, Mapping):
-            if not isinstance(tree.get(key), dict):
-                tree[key] = {}
-            _merge(tree[key], value)
-        else:
-            tree[key] = value

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import pytest
 
 from cat_grpo import cli
-from cat_grpo.config import Config, load_config
+from cat_grpo.config import Config
+from cat_grpo.presets import load_config
 from cat_grpo.rundir import RunDir
 
 ROOT = Path(__file__).parent.parent

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from cat_grpo.config import Config, load_config, preset_names
+from cat_grpo.config import Config
+from cat_grpo.presets import load_config, preset_names
 from cat_grpo.prompts import set_folder
 
 

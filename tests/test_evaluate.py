@@ -14,11 +14,12 @@ import pytest
 from test_house import imports, room, sources
 
 from cat_grpo import batches, records
-from cat_grpo.config import Config, DataConfig, load_config
+from cat_grpo.config import Config, DataConfig
 from cat_grpo.data import load_problems
 from cat_grpo.engines import Engines, Sampling
 from cat_grpo.engines.scripted import ScriptedEngine
 from cat_grpo.evaluate import LabelledProblem, evaluate, load_labelled, points_f1
+from cat_grpo.presets import load_config
 from cat_grpo.records import Generation, Group, Messages, Problem
 
 # Verifiable problems

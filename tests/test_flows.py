@@ -20,7 +20,8 @@ from prefect.testing.utilities import prefect_test_harness
 
 import cat_grpo.step
 import flows.artifacts
-from cat_grpo.config import Config, load_config
+from cat_grpo.config import Config
+from cat_grpo.presets import load_config
 from cat_grpo.rundir import RunDir
 from flows.artifacts import artifact_key
 from flows.demo import make_room

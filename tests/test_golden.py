@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cat_grpo.config import load_config
 from cat_grpo.lab.problems import labelled_rows, unlabelled, write_problems
+from cat_grpo.presets import load_config
 from cat_grpo.shipped import shipped
 from cat_grpo.step import open_loop, train_step
 

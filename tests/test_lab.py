@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from cat_grpo.answers import extract_answer
-from cat_grpo.config import load_config
 from cat_grpo.evaluate import load_labelled
 from cat_grpo.lab import corpus, problems
+from cat_grpo.presets import load_config
 from cat_grpo.prompts import prompt_hashes, render
 from cat_grpo.rubrics import parse_rubric, parse_verdict
 from cat_grpo.shipped import shipped

@@ -10,11 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from cat_grpo.batches import Batch, TrainingRow
 from cat_grpo.checkpoints import Checkpoints, export_model
-from cat_grpo.config import LearnerConfig, ModelConfig, load_config
+from cat_grpo.config import LearnerConfig, ModelConfig
 from cat_grpo.engines import Sampling
 from cat_grpo.engines.hf import HFEngine, load_model_and_tokenizer
 from cat_grpo.learner import Learner
 from cat_grpo.lora import add_adapters
+from cat_grpo.presets import load_config
 from cat_grpo.step import open_loop, train_step
 
 LAB = ModelConfig(path="lab")

@@ -2,8 +2,9 @@
 
 import pytest
 
-from cat_grpo.config import Config, load_config
+from cat_grpo.config import Config
 from cat_grpo.plan import StagePlan, plan, plan_markdown
+from cat_grpo.presets import load_config
 from cat_grpo.records import Problem
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cat_grpo.config import load_config
 from cat_grpo.lab.problems import labelled_rows, unlabelled, write_problems
 from cat_grpo.learner import NotFiniteError
+from cat_grpo.presets import load_config
 from cat_grpo.step import Loop, open_loop, train_step
 
 STEPS, CHECKPOINT_EVERY, NUM_SHARDS = 7, 2, 2

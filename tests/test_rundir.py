@@ -7,7 +7,8 @@ import json
 import pytest
 
 from cat_grpo import rundir
-from cat_grpo.config import Config, load_config
+from cat_grpo.config import Config
+from cat_grpo.presets import load_config
 from cat_grpo.prompts import prompt_hashes
 from cat_grpo.records import Completion, Group, Problem, Reference, RolloutScore, ScoredGroup
 from cat_grpo.rundir import RunDir, problems_of_step, rollout_keys, seed_of, write_whole

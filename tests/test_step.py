@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cat_grpo.config import load_config
+from cat_grpo.presets import load_config
 from cat_grpo.step import Loop, open_loop
 
 SMALL = ["train.problems_per_step=2", "train.steps=1", "rollout.group_size=2"]
