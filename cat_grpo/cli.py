@@ -185,7 +185,7 @@ def lab_problems(
 def _config_for_model(model: str, preset: str | None, file: Path | None, overrides: list[str]) -> Any:
     """The config for asking one model. A model of ours brings the settings that it was trained with."""
     from cat_grpo.checkpoints import read_card
-    from cat_grpo.engines.hf import model_folder
+    from cat_grpo.engines.tokens import model_folder
     from cat_grpo.presets import load_config
 
     card = read_card(Path(model_folder(model)))
@@ -225,7 +225,7 @@ def _check_evaluation(config: Any, problems: Path, model: str, anchor: str | Non
 
 
 def _check_models(config: Any, *paths: str) -> None:
-    from cat_grpo.engines.hf import load_tokenizer
+    from cat_grpo.engines.tokens import load_tokenizer
     from cat_grpo.prompts import set_folder
 
     set_folder(config.prompts)

@@ -17,20 +17,72 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
+class VLLMConfig(Section):
+    """How vLLM serves a model in this process."""
+
+    gpu_memory: float | None = Field(default=None, gt=0.0, le=1.0)
+    """The share of the GPU that it may take; None works it out of the model's size and prints it."""
+    max_model_len: int | None = Field(default=None, ge=16)
+    """Most tokens of a prompt with its completion; None: what the model was made for."""
+    engine_args: dict[str, Any] = {}
+    """Further arguments of vLLM's own, for example `{"tensor_parallel_size": 2}`."""
+
+
+class ServerConfig(Section):
+    """OpenAI-compatible servers of one model: equals, of which the least busy is asked."""
+
+    urls: tuple[str, ...] = ()
+    """For example `http://localhost:8000/v1`. A server that fails is set aside and its requests go to the
+    others."""
+    api: Literal["tokens", "chat"] = "tokens"
+    """`tokens`: prompts go as token ids, which vLLM's servers read and give back; `path` names the tokenizer.
+    `chat`: messages go as text, to any server; for an anchor or a judge."""
+    model: str = ""
+    """The model's name there; empty: `path`."""
+    api_key: str = Field(default="", pattern=r"^((env|prefect):.+)?$")
+    """Where the key is, never the key: `env:NAME`, a variable, or `prefect:NAME`, a Secret block."""
+    max_concurrency: int = Field(default=128, ge=1)
+    """Most requests at once to each server."""
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    """Most requests a minute to all of them."""
+    timeout_s: float = Field(default=600.0, gt=0.0)
+    """Longest wait for one answer."""
+    max_retries: int = Field(default=3, ge=0)
+    """Tries again on the same server, ever later, before it is set aside."""
+    set_aside_s: float = Field(default=30.0, gt=0.0)
+    """For how long."""
+    price_per_million_prompt_tokens: float = Field(default=0.0, ge=0.0)
+    """For the metric of the cost."""
+    price_per_million_completion_tokens: float = Field(default=0.0, ge=0.0)
+    """For the metric of the cost."""
+
+
 class ModelConfig(Section):
-    """A model and how this process runs it."""
+    """A model and what runs it."""
 
     path: str = "Qwen/Qwen3-4B"
     """A folder, a hub id, or `lab` for the model that ships with cat_grpo."""
+    engine: Literal["hf", "vllm", "openai"] = "hf"
+    """What answers for it: transformers or vLLM, in this process, or OpenAI-compatible servers."""
+    vllm: VLLMConfig = VLLMConfig()
+    """For engine vllm."""
+    server: ServerConfig = ServerConfig()
+    """For engine openai."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU when there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type: `auto` is float32 on the CPU and bfloat16 on a GPU. Trained weights stay in float32."""
     max_batch_tokens: int = Field(default=65536, ge=256)
-    """Most positions, padding included, in one batch that is sampled or scored: lower it when memory runs
-    out."""
+    """Most positions, padding included, in one batch that transformers samples or scores: lower it when
+    memory runs out."""
     chat_template_kwargs: dict[str, Any] = {}
     """Handed to the chat template, for example `{"enable_thinking": false}` for Qwen 3."""
+
+    @model_validator(mode="after")
+    def _servers_have_addresses(self) -> "ModelConfig":
+        if self.engine == "openai" and not self.server.urls:
+            raise ValueError("server.urls: engine openai needs at least one")
+        return self
 
 
 class DataConfig(Section):
@@ -95,6 +147,8 @@ class RewardConfig(Section):
     verdict: Literal["label", "xml"] = "label"
     """How the judge answers: `label` reads the probabilities of yes and no as the next token; `xml` has it
     write a verdict."""
+    soft_verdicts: bool = False
+    """A criterion counts p(yes) of its label read, and not the likelier of yes and no as in the paper."""
     min_label_mass: float = Field(default=0.5, ge=0.0, le=1.0)
     """A label read with less probability than this on yes and no together is an abstention."""
     min_judged_frac: float = Field(default=0.5, gt=0.0, le=1.0)
@@ -206,6 +260,8 @@ class Config(Section):
     """A shipped prompt set, `default` or `lab`, or a folder of templates of your own."""
     model: ModelConfig = Field(default=ModelConfig(), title="Model")
     """The initial policy. Frozen, it is also the anchor."""
+    anchor: ModelConfig | None = Field(default=None, title="Anchor")
+    """The initial policy, where another engine runs it; None runs it as `model` says."""
     judge: ModelConfig | None = Field(default=None, title="Judge")
     """An independent judge for open problems; None asks the anchor."""
     data: DataConfig = Field(default=DataConfig(), title="Data")
@@ -219,4 +275,10 @@ class Config(Section):
     def _anchor_and_policy_are_compared_alike(self) -> "Config":
         if self.learner.kl_coef and self.learner.kl_in == "loss" and self.rollout.temperature != 1.0:
             raise ValueError("learner.kl_in: loss needs rollout.temperature 1, at which the anchor is scored")
+        return self
+
+    @model_validator(mode="after")
+    def _soft_verdicts_have_probabilities(self) -> "Config":
+        if self.reward.soft_verdicts and self.reward.verdict == "xml":
+            raise ValueError("reward.soft_verdicts: a written verdict has no probability: verdict label")
         return self

@@ -50,11 +50,27 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """What one call cost."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt's tokens, those that a prefix cache had already."""
+    completion_tokens: int = 0
+    retries: int = 0
+    """Requests that failed before the one that was answered."""
+    cost: float = 0.0
+    """At the prices of the config."""
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """An engine's answer to one prompt: `n` completions and the prompt's ids, which are made only once."""
 
     prompt_token_ids: tuple[int, ...]
+    """Empty from a server that reads text and tells no ids; so are the completions' ids and logprobs."""
     completions: tuple[Completion, ...]
+    usage: Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +79,7 @@ class LabelRead:
 
     probabilities: tuple[float, ...]
     """One per label, in the order asked. They need not sum to one."""
+    usage: Usage = Usage()
 
     @property
     def mass(self) -> float:

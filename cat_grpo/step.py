@@ -7,8 +7,8 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,11 @@ from cat_grpo.batches import make_batch, rollout_kl, total_rewards
 from cat_grpo.checkpoints import Checkpoints
 from cat_grpo.config import Config
 from cat_grpo.data import load_problems
-from cat_grpo.engines import Engine, Engines
-from cat_grpo.engines.hf import HFEngine, load_model_and_tokenizer, model_folder, resolve_dtype
+from cat_grpo.engines import Engine, Engines, together
+from cat_grpo.engines.hf import HFEngine, load_model_and_tokenizer, resolve_dtype
+from cat_grpo.engines.metered import Meter
+from cat_grpo.engines.roles import open_roles, refuse_untrainable
+from cat_grpo.engines.tokens import model_folder
 from cat_grpo.evaluate import LabelledProblem, evaluate, load_labelled
 from cat_grpo.learner import Learner, NotFiniteError, set_aside
 from cat_grpo.lora import add_adapters, has_adapters
@@ -28,14 +31,18 @@ from cat_grpo.metrics import Metrics, mean, step_metrics
 from cat_grpo.records import Problem, ScoredGroup
 from cat_grpo.references import estimate_references
 from cat_grpo.rewards import score_groups
-from cat_grpo.rollouts import generate_rollouts
+from cat_grpo.rollouts import generate_rollouts, solve_prompt
 from cat_grpo.rundir import RunDir, problems_of_step, rollout_keys
 from cat_grpo.selection import SCORE, alarm, is_best, label_free_score
+from cat_grpo.sync import HALF_TOLERANCE, TOLERANCE, Probe, check_sync, make_probes, send_weights
 
 if TYPE_CHECKING:
     from cat_grpo.ranks import Ranks
 
 log = logging.getLogger(__name__)
+
+STAGES = ("rollouts", "references", "scores")
+NUM_PROBES = 8
 
 Stage = Callable[..., Awaitable[Any]]
 Wrap = Callable[[Stage], Stage]
@@ -52,8 +59,12 @@ class Loop:
     validation: Sequence[LabelledProblem]
     engines: Engines
     learner: "Learner | Ranks"
+    live: HFEngine
+    """The learner's own module, to be asked."""
     tokenizer: PreTrainedTokenizerBase
     checkpoints: Checkpoints
+    probes: Sequence[Probe]
+    meters: Mapping[str, Meter] = field(default_factory=lambda: {stage: Meter() for stage in STAGES})
 
     @property
     def next_step(self) -> int:
@@ -73,8 +84,9 @@ class Loop:
         chosen = problems_of_step(self.problems, step, train.problems_per_step, train.seed)
         part = slice(shard * train.shard_size, (shard + 1) * train.shard_size)
         seeds = [self.run.seed(step, "rollouts", key) for key in rollout_keys(chosen)[part]]
+        policy = self._metered("rollouts", self.engines.policy)
         groups = await generate_rollouts(
-            chosen[part], self.engines.policy, self.config.rollout, self.config.prompts, seeds
+            chosen[part], policy, self.config.rollout, self.config.prompts, seeds
         )
         return self.run.write_groups(step, shard, groups)
 
@@ -87,7 +99,7 @@ class Loop:
         seeds = [self.run.seed(step, "references", group.problem.id) for group in groups]
         references = await estimate_references(
             groups,
-            self.engines.anchor,
+            self._metered("references", self.engines.anchor),
             self.config.reference,
             self.config.reward.equivalence,
             self.config.prompts,
@@ -103,8 +115,8 @@ class Loop:
         scored = await score_groups(
             self.run.read_groups(step, shard),
             self.run.read_references(step, shard),
-            self.engines.anchor,
-            self.engines.judge,
+            self._metered("scores", self.engines.anchor),
+            self._metered("scores", self.engines.judge),
             self.config.reward,
             self.config.prompts,
         )
@@ -134,8 +146,23 @@ class Loop:
         if kl:
             metrics["policy/kl"] = mean(value for group in kl for value in group)
         metrics["time/update_s"] = time.monotonic() - started
+        if update.get("rows_with_signal"):
+            metrics |= await self.sync()
+        for stage, meter in self.meters.items():
+            metrics |= {f"engine/{stage}_{name}": value for name, value in meter.read().items()}
         self.run.write_metrics([*self.run.metrics()[:step], metrics])
         return metrics
+
+    async def sync(self) -> Metrics:
+        """The policy's engine has the learner's weights, and is proven to. SyncError where it has not."""
+        if self.engines.policy is self.live:
+            return {}
+        started = time.monotonic()
+        dtype = resolve_dtype(self.config.model)
+        await send_weights(self.live.model, self.engines.policy, dtype, self.run.path / "weights")
+        tolerance = TOLERANCE if dtype == torch.float32 else HALF_TOLERANCE
+        gap = await check_sync(self.live, self.engines.policy, self.probes, tolerance)
+        return {"policy/sync_gap": gap, "time/sync_s": time.monotonic() - started}
 
     async def checkpoint(self, step: int) -> Path:
         """Weights and optimizer after this step; marked as the best when its score is."""
@@ -148,11 +175,12 @@ class Loop:
         return self.checkpoints.save(step + 1, self.learner, self.tokenizer, card, best)
 
     async def close(self) -> None:
-        for engine in {
-            id(e): e for e in (self.engines.policy, self.engines.anchor, self.engines.judge)
-        }.values():
-            await engine.close()
+        await self.engines.close()
+        await self.live.close()
         self.learner.close()
+
+    def _metered(self, stage: str, engine: Engine) -> Engine:
+        return self.meters[stage].on(engine)
 
     async def _selection_metrics(self, history: Sequence[Metrics]) -> Metrics:
         if not self.validation:
@@ -170,8 +198,12 @@ class Loop:
         return [[next(logprobs) for _ in s.group.rollouts] for s in scored]
 
 
-def open_loop(config: Config, run_path: Path) -> Loop:
-    """A new run, or the one in `run_path` from its latest checkpoint on. ValueError for unusable input."""
+async def open_loop(config: Config, run_path: Path, secrets: Mapping[str, str] | None = None) -> Loop:
+    """A new run, or the one in `run_path` from its latest checkpoint on; `secrets` as the engines want them.
+
+    ValueError for unusable input.
+    """
+    refuse_untrainable(config)
     problems = load_problems(config.data)
     validation = (
         load_labelled(Path(config.train.validation), config.train.validation_limit)
@@ -185,16 +217,26 @@ def open_loop(config: Config, run_path: Path) -> Loop:
         raise ValueError(f"model {config.model.path!r}: is adapters: cat-grpo export makes a model of them")
     if lora_rank:
         add_adapters(model, lora_rank, config.learner.lora_alpha, config.train.seed)
-    policy = HFEngine(model, tokenizer, config.model)
-    anchor: Engine = policy.without_adapters() if lora_rank else HFEngine.open(config.model)
-    judge = HFEngine.open(config.judge) if config.judge else anchor
     run = RunDir.open(run_path, config, problems)
     learner = _open_learner(model, config)
     checkpoints = Checkpoints(run.checkpoints)
     if checkpoints.latest_step():
         checkpoints.restore(learner)
-    engines = Engines(policy, anchor, judge)
-    return Loop(config, run, problems, validation, engines, learner, tokenizer, checkpoints)
+    live = HFEngine(model, tokenizer, config.model)
+    probes = make_probes(
+        [
+            (f"the prompt of problem {problem.id}", live.tokens.encode(solve_prompt(problem, config.prompts)))
+            for problem in problems[:NUM_PROBES]
+        ]
+    )
+    engines = await open_roles(config, live, secrets or {})
+    loop = Loop(config, run, problems, validation, engines, learner, live, tokenizer, checkpoints, probes)
+    try:
+        await loop.sync()
+    except BaseException:
+        await loop.close()
+        raise
+    return loop
 
 
 def _open_learner(model: PreTrainedModel, config: Config) -> "Learner | Ranks":
@@ -219,13 +261,8 @@ async def train_step(loop: Loop, step: int, wrap: Wrap = lambda stage: stage) ->
         await wrap(loop.references)(step, shard)
         await wrap(loop.scores)(step, shard)
 
-    walks = [asyncio.ensure_future(walk(shard)) for shard in range(loop.num_shards)]
-    try:
-        await asyncio.gather(*walks)
-    finally:  # where one has failed, the others stop before the engines are closed under them
-        for other in walks:
-            other.cancel()
-        await asyncio.gather(*walks, return_exceptions=True)
+    # Where one fails, the others stop before the engines are closed under them.
+    await together(walk(shard) for shard in range(loop.num_shards))
     metrics = await wrap(loop.update)(step)
     finished = step + 1
     if finished % loop.config.train.checkpoint_every == 0 or finished == loop.config.train.steps:

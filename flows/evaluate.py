@@ -8,7 +8,8 @@ from prefect.artifacts import acreate_markdown_artifact
 from cat_grpo.checkpoints import read_card
 from cat_grpo.config import Config, ModelConfig
 from cat_grpo.engines import Engines
-from cat_grpo.engines.hf import HFEngine, model_folder
+from cat_grpo.engines.hf import HFEngine
+from cat_grpo.engines.tokens import model_folder
 from cat_grpo.evaluate import evaluate as measure
 from cat_grpo.evaluate import load_labelled
 from cat_grpo.report import figures_table

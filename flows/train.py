@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 @flow(name="train", flow_run_name="{run_dir}")
 async def train(config: Config, run_dir: str) -> str:
     """Train in a run directory, from its latest checkpoint on. Returns the folder of the best checkpoint."""
-    loop = open_loop(config, Path(run_dir))
+    loop = await open_loop(config, Path(run_dir))
     try:
         await _train_on(loop)
     finally:

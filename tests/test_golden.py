@@ -41,7 +41,7 @@ async def trajectory(lab_model: Path, folder: Path) -> dict:
         "train.problems_per_step=4",
         "train.shard_size=2",
     ]
-    loop = open_loop(load_config("lab-verifiable", overrides=overrides), folder / "run")
+    loop = await open_loop(load_config("lab-verifiable", overrides=overrides), folder / "run")
     steps = [await train_step(loop, step) for step in range(3)]
     first = loop.run.read_groups(0, 0)[0].rollouts[0]
     await loop.close()

@@ -102,19 +102,19 @@ def test_an_export_is_the_whole_model(tmp_path: Path):
         assert_close(loaded(ids).logits, expected, atol=1e-4, rtol=0)
 
 
-def test_adapters_are_no_model_to_start_from(tmp_path: Path):
+async def test_adapters_are_no_model_to_start_from(tmp_path: Path):
     learner, tokenizer = trained()
     folder = Checkpoints(tmp_path).save(3, learner, tokenizer, {}, best=True)
     config = load_config("lab-verifiable", None, [f"model.path={folder}"])
     with pytest.raises(ValueError, match="is adapters: cat-grpo export makes a model of them"):
-        open_loop(config, tmp_path / "run")
+        await open_loop(config, tmp_path / "run")
 
 
 async def test_a_step_trains_adapters_against_one_copy_of_the_weights(tmp_path: Path):
     overrides = ["learner.lora_rank=4", "learner.learning_rate=1e-2", "learner.kl_coef=0.01"]
     config = load_config("lab-verifiable", None, [*overrides, "train.problems_per_step=4", "train.steps=2"])
-    loop = open_loop(config, tmp_path / "run")
-    assert loop.engines.anchor._model is loop.engines.policy._model is loop.learner.model
+    loop = await open_loop(config, tmp_path / "run")
+    assert loop.engines.anchor.model is loop.engines.policy.model is loop.learner.model
     metrics = [await train_step(loop, step) for step in range(2)]
     await loop.close()
     assert metrics[0]["policy/kl"] == 0.0  # the first step's policy is the anchor

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from cat_grpo.batches import Batch, TrainingRow, micro_batches
 from cat_grpo.config import LearnerConfig, ModelConfig
-from cat_grpo.engines.hf import load_model_and_tokenizer, model_folder
+from cat_grpo.engines.hf import load_model_and_tokenizer
+from cat_grpo.engines.tokens import model_folder
 from cat_grpo.learner import Learner, NotFiniteError
 
 ray = pytest.importorskip("ray")

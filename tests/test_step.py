@@ -12,8 +12,8 @@ from cat_grpo.step import Loop, open_loop
 SMALL = ["train.problems_per_step=2", "train.steps=1", "rollout.group_size=2"]
 
 
-def loop_of(run: Path, *overrides: str) -> Loop:
-    return open_loop(load_config("lab-verifiable", None, [*SMALL, *overrides]), run)
+async def loop_of(run: Path, *overrides: str) -> Loop:
+    return await open_loop(load_config("lab-verifiable", None, [*SMALL, *overrides]), run)
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ def loop_of(run: Path, *overrides: str) -> Loop:
 )
 async def test_importance_is_off_where_the_engine_sampled_from_less(tmp_path, cut, importance, caplog):
     with caplog.at_level(logging.WARNING):
-        loop = loop_of(tmp_path / "run", "learner.importance=token", cut)
+        loop = await loop_of(tmp_path / "run", "learner.importance=token", cut)
     await loop.close()
     assert loop.learner._config.importance == importance
     assert ("learner.importance is off" in caplog.text) is (importance == "none")
@@ -30,7 +30,7 @@ async def test_importance_is_off_where_the_engine_sampled_from_less(tmp_path, cu
 
 @pytest.mark.parametrize("mean_over", ["sequence", "token", "constant"])
 async def test_a_step_without_a_reward_makes_no_update(tmp_path, monkeypatch, mean_over: str):
-    loop = loop_of(tmp_path / "run", f"learner.mean_over={mean_over}")
+    loop = await loop_of(tmp_path / "run", f"learner.mean_over={mean_over}")
     await loop.rollouts(0, 0)
     await loop.references(0, 0)
     await loop.scores(0, 0)

@@ -1,11 +1,14 @@
 """Policy, anchor and judge are three roles of one interface: a model that can be asked."""
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from cat_grpo.records import Generation, LabelRead, Messages
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,10 @@ class Sampling:
     batch. None: fresh randomness."""
 
 
+class NoLogprobsError(Exception):
+    """The server tells no probabilities of tokens: labels cannot be read, only written."""
+
+
 class Engine(Protocol):
     """A model that can be asked. Answers come in the order of the prompts."""
 
@@ -35,7 +42,7 @@ class Engine(Protocol):
     async def read_labels(self, prompts: Sequence[Messages], labels: Sequence[str]) -> list[LabelRead]:
         """The probability of each label as the first token of the answer: one prefill, no decoding.
 
-        Raises ValueError when two labels begin with the same token.
+        Raises ValueError when two labels begin with the same token, NoLogprobsError where nothing is told.
         """
         ...
 
@@ -47,7 +54,12 @@ class Engine(Protocol):
         ...
 
     async def load_weights(self, checkpoint: Path) -> None:
-        """Serve the weights of this checkpoint from the next call on."""
+        """Serve the weights of this checkpoint, or its adapters beside the bare weights, from the next call
+        on. The folder must stay until another is loaded."""
+        ...
+
+    def without_adapters(self) -> "Engine":
+        """The bare weights, served beside the adapters by the same engine: a queue or a batch for both."""
         ...
 
     async def close(self) -> None:
@@ -57,8 +69,23 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """Who plays which role."""
+    """Who plays which role. One engine may play several."""
 
     policy: Engine
     anchor: Engine
     judge: Engine
+
+    async def close(self) -> None:
+        for engine in {id(engine): engine for engine in (self.policy, self.anchor, self.judge)}.values():
+            await engine.close()
+
+
+async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All at once, the results in order. Where one fails, the others are cancelled first."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

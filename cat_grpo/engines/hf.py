@@ -5,10 +5,9 @@ It can share the learner's live module, and then serves every update without a c
 
 import asyncio
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
@@ -29,19 +27,12 @@ from transformers import (
 
 from cat_grpo.config import ModelConfig
 from cat_grpo.engines import Sampling
+from cat_grpo.engines.tokens import ChatTokens, end_of_turn_ids, load_tokenizer, model_folder, readable_model
 from cat_grpo.head import head_logprobs
 from cat_grpo.lora import adapters_off
-from cat_grpo.records import Completion, Generation, LabelRead, Messages
-from cat_grpo.shipped import shipped
-
-HUB_ID = r"\w[\w.-]*(/\w[\w.-]*)?"
+from cat_grpo.records import Completion, Generation, LabelRead, Messages, Usage
 
 T = TypeVar("T")
-
-
-def model_folder(path: str) -> str:
-    """Where a model is: `lab` stands for the one that ships with cat_grpo."""
-    return str(shipped("data", "lab", "model")) if path == "lab" else path
 
 
 def resolve_device(config: ModelConfig) -> torch.device:
@@ -60,36 +51,12 @@ def load_model_and_tokenizer(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in evaluation mode on its device, in `dtype` or the config's. ValueError when it has none."""
     tokenizer = load_tokenizer(config.path)
-    with _bad_model(config.path):
+    with readable_model(config.path):
         model = AutoModelForCausalLM.from_pretrained(
             model_folder(config.path), dtype=dtype or resolve_dtype(config)
         )
     torch.nn.Module.to(model, resolve_device(config))
     return model.eval(), tokenizer
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, able to pad. ValueError when there is none, or it knows no chats."""
-    folder = model_folder(path)
-    if not (Path(folder).is_dir() or re.fullmatch(HUB_ID, folder)):
-        raise ValueError(f"model {path!r}: no such folder")
-    with _bad_model(path):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.chat_template is None:
-        raise ValueError(f"model {path!r}: its tokenizer has no chat template")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-@contextmanager
-def _bad_model(path: str) -> Iterator[None]:
-    """What the library says of a folder or a name that it cannot read, as one line."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise ValueError(f"model {path!r}: {first_line}") from error
 
 
 class HFEngine:
@@ -98,11 +65,11 @@ class HFEngine:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig
     ) -> None:
-        self._model: Any = model  # transformers' types do not tell that it can generate
-        self._tokenizer = tokenizer
+        self.model: Any = model  # transformers' types do not tell that it can generate
+        self._pad_id: Any = tokenizer.pad_token_id
         self._config = config
-        self._end_ids = _end_of_turn_ids(model, tokenizer)
-        self._specials = _special_tokens(tokenizer)
+        declared = model.generation_config.eos_token_id if model.generation_config else None
+        self.tokens = ChatTokens(tokenizer, end_of_turn_ids(declared), config.chat_template_kwargs)
         # One thread for all calls: a pool would give each of its threads an OpenMP team of its own.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hf-engine")
         self._set_up: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -114,7 +81,7 @@ class HFEngine:
     def without_adapters(self) -> "HFEngine":
         """The model as it was before its adapters: the same weights, and one queue for the calls to both."""
         other = copy(self)
-        other._set_up = partial(adapters_off, self._model)
+        other._set_up = partial(adapters_off, self.model)
         return other
 
     async def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[Generation]:
@@ -141,16 +108,16 @@ class HFEngine:
         """The learner's float32 weights, too, are computed with in the engine's own dtype."""
         dtype = resolve_dtype(self._config)
         is_lower = dtype != torch.float32
-        autocast = torch.autocast(self._model.device.type, dtype, enabled=is_lower)
+        autocast = torch.autocast(self.model.device.type, dtype, enabled=is_lower)
         with torch.inference_mode(), autocast, self._set_up():
             return work()
 
     def _load_weights(self, checkpoint: Path) -> None:
-        loaded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=self._model.dtype)
-        self._model.load_state_dict(loaded.state_dict())
+        loaded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(loaded.state_dict())
 
     def _generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[Generation]:
-        ids = [self._encode(messages) for messages in prompts]
+        ids = [self.tokens.encode(messages) for messages in prompts]
         seeds = sampling.seeds or [int(torch.randint(2**62, ())) for _ in prompts]
         completions: dict[int, tuple[Completion, ...]] = {}
         for batch in self._batches([len(row) for row in ids], sampling.max_tokens, sampling.n):
@@ -160,7 +127,14 @@ class HFEngine:
             made = self._decode(rows, sampling.max_tokens, sampler)
             for position, i in enumerate(batch):
                 completions[i] = tuple(made[position * sampling.n : (position + 1) * sampling.n])
-        return [Generation(tuple(row), completions[i]) for i, row in enumerate(ids)]
+        return [
+            Generation(
+                tuple(row),
+                completions[i],
+                Usage(len(row), completion_tokens=sum(len(c.token_ids) for c in completions[i])),
+            )
+            for i, row in enumerate(ids)
+        ]
 
     def _decode(
         self, rows: Sequence[Sequence[int]], max_tokens: int, sampler: "_Sampler"
@@ -169,10 +143,10 @@ class HFEngine:
         generation_config = GenerationConfig(
             max_new_tokens=max_tokens,
             do_sample=False,  # the sampler leaves one token to choose from
-            eos_token_id=self._end_ids,
-            pad_token_id=self._tokenizer.pad_token_id,
+            eos_token_id=self.tokens.end_ids,
+            pad_token_id=self._pad_id,
         )
-        output = self._model.generate(
+        output = self.model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=generation_config,
@@ -180,26 +154,20 @@ class HFEngine:
         )
         token_ids = output[:, input_ids.shape[1] :].tolist()
         logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
-        return [self._completion(*row) for row in zip(token_ids, logprobs, strict=True)]
-
-    def _completion(self, token_ids: list[int], logprobs: list[float]) -> Completion:
-        ends = [t for t, token in enumerate(token_ids) if token in self._end_ids]
-        length = ends[0] + 1 if ends else len(token_ids)
-        token_ids = token_ids[:length]
-        text = str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
-        return Completion(text, tuple(token_ids), tuple(logprobs[:length]), "stop" if ends else "length")
+        return [self.tokens.completion(*row) for row in zip(token_ids, logprobs, strict=True)]
 
     def _read_labels(self, prompts: Sequence[Messages], labels: Sequence[str]) -> list[LabelRead]:
-        label_ids = _label_token_ids(self._tokenizer, labels)
-        ids = [self._encode(messages) for messages in prompts]
+        label_ids = self.tokens.label_ids(labels)
+        ids = [self.tokens.encode(messages) for messages in prompts]
         reads: dict[int, LabelRead] = {}
         for batch in self._batches([len(row) for row in ids], 0, 1):
             input_ids, attention_mask = self._left_padded([ids[i] for i in batch])
-            output = self._model(**_inputs(input_ids, attention_mask), logits_to_keep=1)
+            output = self.model(**_inputs(input_ids, attention_mask), logits_to_keep=1)
             logits = output.logits[:, -1].float()  # (B, V)
             probabilities = logits.softmax(-1)
             per_label = torch.stack([probabilities[:, ids].sum(-1) for ids in label_ids], dim=1).tolist()
-            reads.update(zip(batch, (LabelRead(tuple(row)) for row in per_label), strict=True))
+            for i, row in zip(batch, per_label, strict=True):
+                reads[i] = LabelRead(tuple(row), Usage(len(ids[i])))
         return [reads[i] for i in range(len(prompts))]
 
     def _score(
@@ -210,32 +178,24 @@ class HFEngine:
         for batch in self._batches([len(row) for row in rows], 0, 1):
             input_ids, attention_mask = self._left_padded([rows[i] for i in batch])
             longest = max(len(completions[i]) for i in batch)
-            hidden = self._model.get_decoder()(**_inputs(input_ids, attention_mask)).last_hidden_state
+            hidden = self.model.get_decoder()(**_inputs(input_ids, attention_mask)).last_hidden_state
             tokens = input_ids[:, input_ids.shape[1] - longest :]
             # In tiles, because all positions x vocabulary would be tens of gigabytes.
             logprobs = head_logprobs(
                 hidden[:, -longest - 1 : -1].flatten(0, 1),
-                self._model.get_output_embeddings().weight,
+                self.model.get_output_embeddings().weight,
                 tokens.flatten(),
             )
             for i, row in zip(batch, logprobs.view_as(tokens).tolist(), strict=True):
                 scores[i] = tuple(row[longest - len(completions[i]) :])
         return [scores[i] for i in range(len(rows))]
 
-    def _encode(self, messages: Messages) -> list[int]:
-        """Prompt ids. Special tokens in a message are text, not control, and are broken up first."""
-        safe = [{**message, "content": _defuse(message["content"], self._specials)} for message in messages]
-        ids: Any = self._tokenizer.apply_chat_template(
-            safe, add_generation_prompt=True, return_dict=False, **self._config.chat_template_kwargs
-        )
-        return ids
-
     def _left_padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         longest = max(len(row) for row in rows)
-        pad = self._tokenizer.pad_token_id
+        pad = self._pad_id
         input_ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows])
         attention_mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-        return input_ids.to(self._model.device), attention_mask.to(self._model.device)
+        return input_ids.to(self.model.device), attention_mask.to(self.model.device)
 
     def _batches(self, lengths: Sequence[int], max_tokens: int, n: int) -> Iterator[list[int]]:
         """Indices, longest first, in batches whose padded size stays within the budget where one row does."""
@@ -306,38 +266,3 @@ def _uniforms(streams: Sequence[int], length: int) -> Tensor:
 def _stream(seed: int, index: int) -> int:
     """An unrelated 63-bit seed for completion `index` of a prompt."""
     return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:8], "big") >> 1
-
-
-def _defuse(text: str, specials: Sequence[str]) -> str:
-    for special in specials:
-        text = text.replace(special, f"{special[0]} {special[1:]}")
-    return text
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """All that the tokenizer reads as control. Its named ones alone may lack the tokens that open a turn."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return sorted({*tokenizer.all_special_tokens, *added})
-
-
-def _end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    declared = model.generation_config.eos_token_id if model.generation_config else None
-    ids = declared if isinstance(declared, list) else [declared]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
-
-
-def _label_token_ids(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> list[list[int]]:
-    """The tokens that spell each label whole (yes, Yes, " yes", ...), else the first token of the label."""
-    ids: list[list[int]] = []
-    for label in labels:
-        spellings = [
-            space + word for space in ("", " ") for word in (label, label.capitalize(), label.upper())
-        ]
-        encoded = [tokenizer.encode(spelling, add_special_tokens=False) for spelling in spellings]
-        ids.append(sorted({e[0] for e in encoded if len(e) == 1}) or [encoded[0][0]])
-    flat = [i for label_ids in ids for i in label_ids]
-    if len(set(flat)) < len(flat):
-        raise ValueError(
-            f"labels {tuple(labels)} begin with the same token: they cannot be told apart in one"
-        )
-    return ids

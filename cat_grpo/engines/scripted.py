@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cat_grpo.engines import Sampling
-from cat_grpo.records import Completion, Generation, LabelRead, Messages
+from cat_grpo.records import Completion, Generation, LabelRead, Messages, Usage
 
 
 class ScriptedEngine:
@@ -43,13 +43,17 @@ class ScriptedEngine:
     async def load_weights(self, checkpoint: Path) -> None:
         self.weights = checkpoint
 
+    def without_adapters(self) -> "ScriptedEngine":
+        return self
+
     async def close(self) -> None:
         pass
 
     def _generation(self, prompt: str, sampling: Sampling) -> Generation:
         self.prompts.append(prompt)
         completions = tuple(self._completion(self._reply(prompt, i), sampling) for i in range(sampling.n))
-        return Generation(tuple(prompt.encode()), completions)
+        usage = Usage(len(prompt.encode()), completion_tokens=sum(len(c.token_ids) for c in completions))
+        return Generation(tuple(prompt.encode()), completions, usage)
 
     def _completion(self, text: str, sampling: Sampling) -> Completion:
         token_ids = (*text.encode(), self.END)

