@@ -7,7 +7,7 @@ from cat_grpo.answers import Vote, extract_answer, majority, same_answer
 from cat_grpo.config import Equivalence, ReferenceConfig
 from cat_grpo.engines import Engine, Sampling
 from cat_grpo.prompts import render
-from cat_grpo.records import Completion, Group, Message, Reference
+from cat_grpo.records import Generation, Group, Message, Reference
 
 
 async def estimate_references(
@@ -31,7 +31,7 @@ async def estimate_references(
     sampling = Sampling(max_tokens=config.max_tokens, temperature=config.temperature, seeds=seeds)
     generations = await anchor.generate(turns, sampling)
     return [
-        _synthesised_reference(group, vote, prompt, generation.completions[0])
+        _synthesised_reference(group, vote, prompt, generation)
         for group, vote, prompt, generation in zip(groups, votes, prompts, generations, strict=True)
     ]
 
@@ -53,7 +53,8 @@ def synthesis_prompt(group: Group, config: ReferenceConfig, prompt_set: str) -> 
     )
 
 
-def _synthesised_reference(group: Group, vote: Vote, prompt: str, completion: Completion) -> Reference:
+def _synthesised_reference(group: Group, vote: Vote, prompt: str, generation: Generation) -> Reference:
+    completion = generation.completions[0]
     finished = completion.finish_reason == "stop" and completion.text.strip() != ""
     answered = group.problem.kind == "open" or extract_answer(completion.text) is not None
     return Reference(
@@ -61,7 +62,7 @@ def _synthesised_reference(group: Group, vote: Vote, prompt: str, completion: Co
         text=completion.text if finished and answered else None,
         aggregator="synthesis",
         prompt=prompt,
-        num_tokens=len(completion.token_ids),
+        num_tokens=generation.usage.completion_tokens,
         finish_reason=completion.finish_reason,
         majority=vote.answer,
         num_votes=vote.num_votes,

@@ -41,12 +41,19 @@ def agreement(answer: str | None, reference_answer: str, equivalence: Equivalenc
     return float(answer is not None and same_answer(equivalence)(answer, reference_answer))
 
 
-def rubric_reward(verdicts: Sequence[Verdict], min_judged_frac: float) -> float | None:
-    """The share of yes among the verdicts that were given (CaT eq. 4); None when too few were."""
-    given = [verdict.satisfied for verdict in verdicts if verdict.satisfied is not None]
+def rubric_reward(verdicts: Sequence[Verdict], min_judged_frac: float, is_soft: bool = False) -> float | None:
+    """The share of yes among the verdicts that were given (CaT eq. 4); None when too few were.
+
+    Soft: the mean of the probabilities of yes, where the judge told them.
+    """
+    given = [verdict for verdict in verdicts if verdict.satisfied is not None]
     if not given or len(given) < min_judged_frac * len(verdicts):
         return None
-    return sum(given) / len(given)
+    values = [
+        verdict.probability if is_soft and verdict.probability is not None else float(verdict.satisfied or 0)
+        for verdict in given
+    ]
+    return sum(values) / len(values)
 
 
 def length_penalty(rollout: Completion, config: RewardConfig) -> float:
@@ -70,7 +77,10 @@ def _open_scores(
 ) -> tuple[RolloutScore, ...]:
     return tuple(
         RolloutScore(
-            rubric_reward(given, config.min_judged_frac), length_penalty(rollout, config), None, given
+            rubric_reward(given, config.min_judged_frac, config.soft_verdicts),
+            length_penalty(rollout, config),
+            None,
+            given,
         )
         for rollout, given in zip(group.rollouts, verdicts, strict=True)
     )

@@ -4,6 +4,7 @@ Model output is untrusted: it is read by a hardened XML parser or as the probabi
 what cannot be read is None. None is never a no.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from xml.etree.ElementTree import Element, ParseError
@@ -12,9 +13,11 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
 from cat_grpo.config import RewardConfig
-from cat_grpo.engines import Engine, Sampling
+from cat_grpo.engines import Engine, NoLogprobsError, Sampling
 from cat_grpo.prompts import render
 from cat_grpo.records import LabelRead, Message, Rubric, Verdict
+
+log = logging.getLogger(__name__)
 
 LABELS = ("yes", "no")
 VERDICT_MAX_TOKENS = 64
@@ -45,17 +48,21 @@ async def judge_criteria(
     Keep the criteria of one rollout together: their prompts share all but the end, which a prefix cache
     computes once.
     """
-    template = f"judge_{config.verdict}"
-    prompts = [
-        _ask(render(prompt_set, template, rollout=rollout, criterion=criterion))
-        for rollout, criterion in questions
-    ]
-    if config.verdict == "label":
+
+    def prompts(template: str) -> list[list[Message]]:
         return [
-            _label_verdict(read, config.min_label_mass) for read in await judge.read_labels(prompts, LABELS)
+            _ask(render(prompt_set, template, rollout=rollout, criterion=criterion))
+            for rollout, criterion in questions
         ]
+
+    if config.verdict == "label":
+        try:
+            reads = await judge.read_labels(prompts("judge_label"), LABELS)
+            return [_label_verdict(read, config.min_label_mass) for read in reads]
+        except NoLogprobsError as error:
+            log.warning("the judge writes its verdicts: %s", error)
     sampling = Sampling(max_tokens=VERDICT_MAX_TOKENS, temperature=0.0)
-    generations = await judge.generate(prompts, sampling)
+    generations = await judge.generate(prompts("judge_xml"), sampling)
     return [Verdict(parse_verdict(generation.completions[0].text), None) for generation in generations]
 
 

@@ -22,7 +22,7 @@ def engine_share(num_weights: int, gpu_bytes: int, num_engines: int, learner: in
     needed = num_weights * HALF + LEAST_CACHE
     if each < needed:
         raise ValueError(
-            f"model.engine: a vLLM engine of {num_weights / 1e9:.1f}B weights needs {needed / GIB:.0f} GiB, and"
-            f" the GPU has {max(each, 0) / GIB:.0f} for it: learner.lora_rank, learner.num_ranks or servers"
+            f"model.engine: a vLLM engine of {num_weights / 1e9:.1f}B weights needs {needed / GIB:.0f} GiB,"
+            f" and the GPU has {max(each, 0) / GIB:.0f} for it: learner.lora_rank, learner.num_ranks, servers"
         )
     return round(each / gpu_bytes, 3)

@@ -28,9 +28,9 @@ def open_engine(
 
         return VLLMEngine.open(config, gpu_memory, lora_rank)
     if config.engine == "openai":
-        from cat_grpo.engines.openai import OpenAIEngine
+        from cat_grpo.engines.openai import open_servers
 
-        return OpenAIEngine.open(config, _api_key(config.server.api_key, secrets))
+        return open_servers(config, _api_key(config.server.api_key, secrets))
     return HFEngine.open(config)
 
 
@@ -66,6 +66,9 @@ def refuse_untrainable(config: Config) -> None:
             raise ValueError("model.server.api: the policy needs its token ids back: tokens")
         if not config.learner.lora_rank:
             raise ValueError("learner.lora_rank: servers take new adapters, not new weights: above 0")
+    anchor = config.anchor or config.model
+    if config.learner.kl_coef and anchor.engine == "openai" and anchor.server.api == "chat":
+        raise ValueError("learner.kl_coef: a chat server cannot score the policy's tokens: 0")
 
 
 def _api_key(where: str, secrets: Secrets) -> str:

@@ -80,6 +80,7 @@ class VLLMEngine:
             "generation_config": "vllm",  # no sampling defaults but ours
             "logprobs_mode": "processed_logprobs",  # at the sampling temperature
             "disable_log_stats": True,
+            "worker_extension_cls": "cat_grpo.engines.vllm_worker.WeightReceiver",
         }
         if resolve_device(config).type == "cpu":
             for name, value in ON_CPU.items():
@@ -165,7 +166,7 @@ class VLLMEngine:
         if (checkpoint / ADAPTER_WEIGHTS).exists():
             await self._load_adapter(checkpoint)
             return
-        await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoint)})
+        await self._llm.collective_rpc("receive_weights", args=(str(checkpoint),))
         await self._llm.reset_prefix_cache()  # what it holds was computed with the weights before
 
     async def close(self) -> None:
