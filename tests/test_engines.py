@@ -1,10 +1,9 @@
-"""One contract for every engine, and what the seeded sampler of `hf` promises beyond it."""
+"""What the engine of transformers promises beyond the contract, and the scripted one."""
 
 import asyncio
 import math
-import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,67 +11,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from asking import DRAW, SEEDS, TURNS, completions_of, ids_of, judge_turns, user
 from cat_grpo.config import ModelConfig
-from cat_grpo.engines import Engine, Sampling
+from cat_grpo.engines import Sampling
 from cat_grpo.engines.hf import HFEngine
 from cat_grpo.engines.scripted import ScriptedEngine
-from cat_grpo.lab.corpus import draw_size, judge_label
-from cat_grpo.lab.problems import care_question, sums_question
-from cat_grpo.prompts import render
-from cat_grpo.records import Completion, Generation, Messages
-
-SUMS = [
-    render("lab", "solve_verifiable", question=sums_question(pairs))
-    for pairs in (
-        ((23, 48), (60, 52), (11, 12), (59, 59)),
-        ((10, 10), (37, 45), (28, 19), (33, 34)),
-        ((51, 26),),
-    )
-]
-CARE = render("lab", "solve_open", question=care_question(["cough", "sunburn", "dizziness"]))
-PROMPTS = [CARE, *SUMS]
-"""Of several lengths, and not in the order of them: an engine that batches by length must put them back."""
-
-
-def user(text: str) -> Messages:
-    return [{"role": "user", "content": text}]
-
-
-TURNS = [user(prompt) for prompt in PROMPTS]
-
-
-def judge_turns(num: int) -> list[Messages]:
-    """What the judge of a run is asked: one criterion on one note."""
-    rngs = [random.Random(f"judge {i}") for i in range(num)]
-    return [user(judge_label(rng, draw_size(rng, 1.0))[0][0]) for rng in rngs]
-
-
-def ids_of(generations: Sequence[Generation]) -> list[list[tuple[int, ...]]]:
-    return [[completion.token_ids for completion in g.completions] for g in generations]
-
-
-def completions_of(generations: Sequence[Generation]) -> list[Completion]:
-    return [completion for generation in generations for completion in generation.completions]
-
-
-@dataclass(frozen=True)
-class Case:
-    """An engine under the contract, what ends its turns, and the text of its ids."""
-
-    engine: Engine
-    end: int
-    decode: Callable[[Sequence[int]], str]
-
-
-def scripted_case() -> Case:
-    def decode(ids: Sequence[int]) -> str:
-        return bytes(i for i in ids if i != ScriptedEngine.END).decode(errors="ignore")
-
-    def reply(prompt: str, i: int) -> str:
-        return f"{prompt[:7]} → {i}"
-
-    engine = ScriptedEngine(reply, read=lambda prompt, _: (len(prompt) / 1000, 0.5))
-    return Case(engine, ScriptedEngine.END, decode)
+from cat_grpo.records import Generation, Messages
 
 
 @pytest.fixture(scope="module")
@@ -91,116 +35,6 @@ def tokenizer(lab_model: Path):
 def model(lab_model: Path):
     """The model by itself, to compare the engine with."""
     return AutoModelForCausalLM.from_pretrained(lab_model, dtype=torch.float32).eval()
-
-
-@pytest.fixture(params=["scripted", "hf"])
-def case(request: pytest.FixtureRequest, tokenizer) -> Case:
-    if request.param == "scripted":
-        return scripted_case()
-    return Case(
-        request.getfixturevalue("hf"),
-        tokenizer.eos_token_id,
-        lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-    )
-
-
-SEEDS = (11, 12, 13, 14)
-DRAW = Sampling(max_tokens=24, n=3, seeds=SEEDS)
-
-
-# The contract.
-
-
-async def test_answers_stand_in_the_order_of_the_prompts(case: Case):
-    together = await case.engine.generate(TURNS, DRAW)
-    alone = []
-    for turn, seed in zip(TURNS, SEEDS, strict=True):
-        alone += await case.engine.generate([turn], replace(DRAW, seeds=[seed]))
-    assert ids_of(together) == ids_of(alone)
-    assert [g.prompt_token_ids for g in together] == [g.prompt_token_ids for g in alone]
-    assert len({g.prompt_token_ids for g in together}) == len(TURNS)
-
-
-@pytest.mark.parametrize("n", [1, 5])
-async def test_there_are_n_completions_each_with_a_logprob_a_token(case: Case, n: int):
-    generations = await case.engine.generate(TURNS, replace(DRAW, n=n))
-    assert [len(generation.completions) for generation in generations] == [n] * len(TURNS)
-    for completion in completions_of(generations):
-        assert 1 <= len(completion.token_ids) == len(completion.logprobs) <= DRAW.max_tokens
-        assert all(logprob <= 0.0 for logprob in completion.logprobs)
-
-
-async def test_no_prompts_have_no_answers(case: Case):
-    assert await case.engine.generate([], replace(DRAW, seeds=[])) == []
-    assert await case.engine.read_labels([], ("yes", "no")) == []
-    assert await case.engine.score([], []) == []
-
-
-@pytest.mark.parametrize("max_tokens", [3, 40])
-async def test_the_text_is_that_of_the_ids(case: Case, max_tokens: int):
-    for completion in completions_of(await case.engine.generate(TURNS, replace(DRAW, max_tokens=max_tokens))):
-        assert completion.text == case.decode(completion.token_ids)
-
-
-async def test_a_completion_ends_with_its_end_token_or_at_max_tokens(case: Case):
-    whole = completions_of(await case.engine.generate(TURNS, replace(DRAW, max_tokens=120)))
-    assert {completion.finish_reason for completion in whole} == {"stop"}
-    for completion in whole:
-        assert completion.token_ids.index(case.end) == len(completion.token_ids) - 1
-
-    cut = completions_of(await case.engine.generate(TURNS, replace(DRAW, max_tokens=4)))
-    assert {completion.finish_reason for completion in cut} == {"length"}
-    for completion, longer in zip(cut, whole, strict=True):
-        assert completion.token_ids == longer.token_ids[:4]
-        assert case.end not in completion.token_ids
-
-
-async def test_room_for_the_end_token_is_room_enough(case: Case):
-    (whole,) = await case.engine.generate(TURNS[:1], Sampling(max_tokens=120, temperature=0.0))
-    length = len(whole.completions[0].token_ids)
-    for room, reason in ((length, "stop"), (length - 1, "length")):
-        (cut,) = await case.engine.generate(TURNS[:1], Sampling(max_tokens=room, temperature=0.0))
-        assert cut.completions[0].finish_reason == reason
-
-
-async def test_the_same_seeds_give_the_same_tokens(case: Case):
-    first, second = [await case.engine.generate(TURNS, DRAW) for _ in range(2)]
-    assert first == second
-
-
-async def test_completion_i_does_not_depend_on_n(case: Case):
-    three = await case.engine.generate(TURNS, DRAW)
-    five = await case.engine.generate(TURNS, replace(DRAW, n=5))
-    assert ids_of(three) == [row[:3] for row in ids_of(five)]
-
-
-async def test_scores_of_what_was_generated_are_its_logprobs(case: Case):
-    generations = await case.engine.generate(TURNS, DRAW)
-    prompts = [g.prompt_token_ids for g in generations for _ in g.completions]
-    completions = completions_of(generations)
-    scores = await case.engine.score(prompts, [completion.token_ids for completion in completions])
-    for completion, score in zip(completions, scores, strict=True):
-        assert score == pytest.approx(completion.logprobs, abs=1e-4)
-
-
-async def test_label_reads_have_a_probability_a_label_in_the_prompts_order(case: Case):
-    turns = judge_turns(20)
-    reads = await case.engine.read_labels(turns, ("yes", "no"))
-    alone = [(await case.engine.read_labels([turn], ("yes", "no")))[0] for turn in turns]
-    for read, expected in zip(reads, alone, strict=True):
-        assert read.probabilities == pytest.approx(expected.probabilities, abs=1e-5)
-        assert len(read.probabilities) == 2
-        assert all(0.0 <= probability <= 1.0 for probability in read.probabilities)
-        assert read.mass <= 1.0 + 1e-6
-
-
-@pytest.mark.parametrize("labels", [("yes", "yes"), ("no", "yes", "no"), ("qqx", "qqz")])
-async def test_labels_that_begin_alike_are_refused(case: Case, labels: tuple[str, ...]):
-    with pytest.raises(ValueError, match="begin with the same token"):
-        await case.engine.read_labels(TURNS, labels)
-
-
-# The engine of transformers.
 
 
 async def test_other_seeds_give_other_tokens(hf: HFEngine):
@@ -321,15 +155,6 @@ async def test_label_probabilities_follow_the_order_asked(hf: HFEngine):
     forward, backward = [await hf.read_labels(turns, labels) for labels in (("yes", "no"), ("no", "yes"))]
     assert [read.probabilities for read in forward] == [read.probabilities[::-1] for read in backward]
     assert any(read.probabilities[0] != read.probabilities[1] for read in forward)
-
-
-async def test_label_reads_agree_with_the_verdict_that_would_be_written(hf: HFEngine):
-    turns = judge_turns(300)
-    written = [c.text for c in completions_of(await hf.generate(turns, Sampling(1, temperature=0.0)))]
-    reads = await hf.read_labels(turns, ("yes", "no"))
-    read = ["yes" if yes > no else "no" for yes, no in (r.probabilities for r in reads)]
-    assert sum(a == b for a, b in zip(written, read, strict=True)) >= 0.98 * len(turns)
-    assert 0.3 < read.count("yes") / len(turns) < 0.7  # half of the criteria are met
 
 
 CONTROL = ["<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]

@@ -170,6 +170,7 @@ class VLLMEngine:
         await self._llm.reset_prefix_cache()  # what it holds was computed with the weights before
 
     async def close(self) -> None:
+        """Ends the child processes. The other view of the engine may close it, too."""
         await asyncio.to_thread(self._llm.shutdown)
 
     async def _load_adapter(self, checkpoint: Path) -> None:
