@@ -19,11 +19,27 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "OMP_NUM_THREADS": "1",
 }
-FLAGS = (
-    "--served-model-name lab --host 127.0.0.1 --dtype float32 --enforce-eager --block-size 32"
-    " --generation-config vllm --no-enable-chunked-prefill --logprobs-mode processed_logprobs"
-    f" --enable-prompt-tokens-details --enable-lora --max-lora-rank 16 --lora-target-modules {' '.join(ADAPTED)}"
-).split()
+FLAGS = [
+    "--served-model-name",
+    "lab",
+    "--host",
+    "127.0.0.1",
+    "--dtype",
+    "float32",
+    "--enforce-eager",
+    "--block-size",
+    "32",
+    "--generation-config",
+    "vllm",
+    "--no-enable-chunked-prefill",
+    "--logprobs-mode",
+    "processed_logprobs",
+    "--enable-prompt-tokens-details",
+    "--enable-lora",
+    "--max-lora-rank",
+    "16",
+    "--lora-target-modules",
+] + [*ADAPTED]
 READY = "Application startup complete"
 
 

@@ -73,7 +73,9 @@ class TokenServers(_Servers):
 
     def without_adapters(self) -> "TokenServers":
         """The bare weights, on the same servers."""
-        return copy(self)
+        other = copy(self)
+        other._adapter = None
+        return other
 
     async def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[Generation]:
         ids = [self._tokens.encode(messages) for messages in prompts]

@@ -103,7 +103,9 @@ class VLLMEngine:
 
     def without_adapters(self) -> "VLLMEngine":
         """The bare weights: the same engine, the same batch."""
-        return copy(self)
+        other = copy(self)
+        other._adapter = None
+        return other
 
     async def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[Generation]:
         ids = [self._tokens.encode(messages) for messages in prompts]
