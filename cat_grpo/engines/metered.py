@@ -32,9 +32,11 @@ class Meter:
                 "tokens_per_s": sum(usage.completion_tokens for usage in used) / busy,
                 "prompt_tokens_per_s": sum(usage.prompt_tokens for usage in used) / busy,
                 "queue_depth": self._area / busy,
-                "retries": float(sum(usage.retries for usage in used)),
-                "cost": sum(usage.cost for usage in used),
             }
+            if retries := sum(usage.retries for usage in used):
+                figures["retries"] = float(retries)
+            if cost := sum(usage.cost for usage in used):
+                figures["cost"] = cost
             if prompt_tokens := sum(usage.prompt_tokens for usage in used):
                 figures["cached_frac"] = sum(usage.cached_tokens for usage in used) / prompt_tokens
         self._start_anew()
