@@ -91,6 +91,8 @@ class VLLMEngine:
         if lora_rank:
             arguments |= {
                 "enable_lora": True,
+                # On the CPU requests without an adapter read the last slot, which must so stay empty.
+                "max_loras": 2 if resolve_device(config).type == "cpu" else 1,
                 "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= lora_rank),
                 # Without the head, which is not trained: its adapter layer cannot score prompts.
                 "lora_target_modules": adapted_layers(config),
@@ -176,14 +178,13 @@ class VLLMEngine:
         await asyncio.to_thread(self._llm.shutdown)
 
     async def _load_adapter(self, checkpoint: Path) -> None:
-        """Under a new id, which has no prefixes in the cache; the one before it goes."""
-        before = self._adapter
-        number = before.lora_int_id + 1 if before else 1
-        adapter = LoRARequest(f"policy-{number}", number, str(checkpoint.resolve()))
-        await self._llm.add_lora(adapter)
-        self._adapter = adapter
-        if before:
-            await self._llm.remove_lora(before.lora_int_id)
+        """Under a new id, which has no prefixes in the cache, in the slot of the one before it."""
+        number = 1
+        if self._adapter:
+            await self._llm.remove_lora(self._adapter.lora_int_id)
+            number += self._adapter.lora_int_id
+        self._adapter = LoRARequest(f"policy-{number}", number, str(checkpoint.resolve()))
+        await self._llm.add_lora(self._adapter)
 
     async def _ask_all(self, requests: Any) -> list[RequestOutput]:
         return await together(self._ask(ids, sampling) for ids, sampling in requests)
