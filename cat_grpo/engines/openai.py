@@ -158,12 +158,14 @@ class TokenServers(_Servers):
         """A server that was started anew does not know the adapter that it had: it is given it again."""
 
         async def asked(server: Server) -> tuple[Any, int]:
+            known = server.loads
             try:
                 return await request(server)
             except NotFoundError:
                 if not server.adapter:
                     raise
-                server.adapter = ""
+                if server.loads == known:  # else another request has already given it again
+                    server.adapter = ""
                 return await request(server)
 
         return asked
@@ -178,6 +180,7 @@ class TokenServers(_Servers):
                 body = {"lora_name": adapter.name, "lora_path": str(adapter.folder)}
                 await server.client.post("/load_lora_adapter", body=body, cast_to=str)
                 before, server.adapter = server.adapter, adapter.name
+                server.loads += 1
                 if before:
                     await server.client.post("/unload_lora_adapter", body={"lora_name": before}, cast_to=str)
         return adapter.name

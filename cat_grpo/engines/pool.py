@@ -42,6 +42,8 @@ class Server:
     away_until: float = 0.0
     adapter: str = ""
     """The one that it has loaded for us."""
+    loads: int = 0
+    """How often it was given one."""
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
