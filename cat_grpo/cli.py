@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from cat_grpo.engines import SyncError
+
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.steps=20")
 ]
@@ -36,7 +38,7 @@ def main() -> None:
     except ValueError as error:
         typer.echo(f"cat-grpo: {_first_line(error)}", err=True)
         raise SystemExit(2) from None
-    except ArithmeticError as error:
+    except (ArithmeticError, ConnectionError, SyncError) as error:
         typer.echo(f"cat-grpo: stopped: {error}", err=True)
         raise SystemExit(1) from None
 
@@ -205,6 +207,9 @@ def _check_training(config: Any, run: Path) -> None:
         from cat_grpo.evaluate import load_labelled
 
         load_labelled(Path(config.train.validation))
+    from cat_grpo.engines.roles import refuse_untrainable
+
+    refuse_untrainable(config)
     _check_models(config, config.model.path)
 
 
@@ -229,8 +234,14 @@ def _check_models(config: Any, *paths: str) -> None:
     from cat_grpo.prompts import set_folder
 
     set_folder(config.prompts)
-    for path in (*paths, *([config.judge.path] if config.judge else [])):
+    others = [model for model in (config.anchor, config.judge) if model and _reads_ids(model)]
+    for path in (*(paths if _reads_ids(config.model) else ()), *(model.path for model in others)):
         load_tokenizer(path)
+
+
+def _reads_ids(model: Any) -> bool:
+    """Whether its prompts are made into tokens here, and not by a server."""
+    return model.engine != "openai" or model.server.api == "tokens"
 
 
 def _print_plan(config: Any) -> None:

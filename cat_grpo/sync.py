@@ -12,17 +12,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from cat_grpo.engines import Engine
+from cat_grpo.engines import Engine, SyncError
 from cat_grpo.lora import has_adapters
 
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1
 """Mean gap of a sequence's logprobs, in nats, above what float32 and bfloat16 kernels differ by."""
 RAM = Path("/dev/shm")
 """Where Linux keeps files in memory."""
-
-
-class SyncError(RuntimeError):
-    """The engine does not serve the learner's weights."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,14 @@ from prefect.artifacts import acreate_markdown_artifact
 
 from cat_grpo.checkpoints import read_card
 from cat_grpo.config import Config, ModelConfig
-from cat_grpo.engines import Engines
-from cat_grpo.engines.hf import HFEngine
+from cat_grpo.engines import Engine, Engines
+from cat_grpo.engines.roles import open_engine
 from cat_grpo.engines.tokens import model_folder
 from cat_grpo.evaluate import evaluate as measure
 from cat_grpo.evaluate import load_labelled
 from cat_grpo.report import figures_table
 from flows.artifacts import artifact_key, publish
+from flows.secrets import read_secrets
 
 
 @flow(name="evaluate", flow_run_name="{model} on {problems}")
@@ -32,15 +33,19 @@ async def evaluate(
     labelled = load_labelled(Path(problems), limit)
     model = model or config.model.path
     anchor = anchor or read_card(Path(model_folder(model))).get("anchor", model)
-    opened: dict[str, HFEngine] = {}
+    secrets = await read_secrets(config)
+    opened: dict[str, Engine] = {}
 
-    def engine(wanted: ModelConfig) -> HFEngine:
+    def engine(wanted: ModelConfig) -> Engine:
         """Roles of one model share one engine."""
         key = wanted.model_copy(update={"path": model_folder(wanted.path)}).model_dump_json()
-        return opened.get(key) or opened.setdefault(key, HFEngine.open(wanted))
+        return opened.get(key) or opened.setdefault(key, open_engine(wanted, secrets))
 
     try:
-        policy, frozen = (engine(config.model.model_copy(update={"path": path})) for path in (model, anchor))
+        policy, frozen = (
+            engine((wanted or config.model).model_copy(update={"path": path}))
+            for wanted, path in ((config.model, model), (config.anchor, anchor))
+        )
         engines = Engines(policy, frozen, engine(config.judge) if config.judge else frozen)
         figures = await measure(labelled, engines, config, seed)
     finally:

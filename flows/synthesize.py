@@ -15,8 +15,8 @@ from prefect.cache_policies import NO_CACHE
 from cat_grpo.answers import extract_answer, same_answer
 from cat_grpo.config import Config
 from cat_grpo.data import load_problems
-from cat_grpo.engines import Engine
-from cat_grpo.engines.hf import HFEngine
+from cat_grpo.engines import Engines
+from cat_grpo.engines.roles import open_engine
 from cat_grpo.records import Group, Problem, Reference
 from cat_grpo.references import estimate_references
 from cat_grpo.report import table_rows
@@ -24,6 +24,7 @@ from cat_grpo.rollouts import generate_rollouts
 from cat_grpo.rundir import seed_of
 from cat_grpo.tables import Row, write_table
 from flows.artifacts import artifact_key, publish
+from flows.secrets import read_secrets
 
 log = logging.getLogger(__name__)
 
@@ -44,18 +45,22 @@ COLUMNS = pa.schema(
 async def synthesize(config: Config, out: str) -> str:
     """A row per problem of the config's data, written to `out` (.jsonl or .parquet), which is returned.
 
-    Policy and anchor are the config's model. ValueError for another suffix, before any work.
+    The policy is the config's model, and the anchor too, unless the config names one. ValueError for another
+    suffix, before any work.
     """
     path = Path(out)
     if path.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"{out}: expected a name that ends in .jsonl or .parquet")
     problems = load_problems(config.data)
-    engine = HFEngine.open(config.model)
+    secrets = await read_secrets(config)
+    policy = open_engine(config.model, secrets)
+    anchor = open_engine(config.anchor, secrets) if config.anchor else policy
+    engines = Engines(policy, anchor, anchor)
 
     @task(task_run_name="synthesize-{shard:05d}", cache_policy=NO_CACHE, persist_result=False)
     async def synthesize_shard(shard: int) -> list[Row]:
         size = config.train.shard_size
-        return await _rows(problems[shard * size : (shard + 1) * size], engine, config)
+        return await _rows(problems[shard * size : (shard + 1) * size], engines, config)
 
     rows: list[Row] = []
     try:
@@ -64,7 +69,7 @@ async def synthesize(config: Config, out: str) -> str:
             done = (len(rows), len(problems))
             log.info("%d of %d problems", *done, extra={"progress": done})
     finally:
-        await engine.close()
+        await engines.close()
     await asyncio.to_thread(_write_whole, path, rows)
     shown = table_rows([{name: row[name] for name in row if name not in ("id", "rollouts")} for row in rows])
     about = f"{len(shown)} of {len(rows)} rows. In full: {out}"
@@ -72,11 +77,11 @@ async def synthesize(config: Config, out: str) -> str:
     return out
 
 
-async def _rows(problems: Sequence[Problem], engine: Engine, config: Config) -> list[Row]:
+async def _rows(problems: Sequence[Problem], engines: Engines, config: Config) -> list[Row]:
     seeds = [seed_of(config.train.seed, 0, "synthesize", problem.id) for problem in problems]
-    groups = await generate_rollouts(problems, engine, config.rollout, config.prompts, seeds)
+    groups = await generate_rollouts(problems, engines.policy, config.rollout, config.prompts, seeds)
     references = await estimate_references(
-        groups, engine, config.reference, config.reward.equivalence, config.prompts, seeds
+        groups, engines.anchor, config.reference, config.reward.equivalence, config.prompts, seeds
     )
     # Off the event loop: a comparison may ask another process.
     return await asyncio.to_thread(

@@ -11,6 +11,7 @@ from cat_grpo.config import Config
 from cat_grpo.selection import alarm
 from cat_grpo.step import Loop, Stage, open_loop, train_step
 from flows.artifacts import publish_step
+from flows.secrets import read_secrets
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 @flow(name="train", flow_run_name="{run_dir}")
 async def train(config: Config, run_dir: str) -> str:
     """Train in a run directory, from its latest checkpoint on. Returns the folder of the best checkpoint."""
-    loop = await open_loop(config, Path(run_dir))
+    loop = await open_loop(config, Path(run_dir), await read_secrets(config))
     try:
         await _train_on(loop)
     finally:

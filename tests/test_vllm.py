@@ -9,13 +9,13 @@ import torch
 
 from asking import TURNS, ids_of
 from cat_grpo.config import Config, ModelConfig
-from cat_grpo.engines import Sampling
+from cat_grpo.engines import Sampling, SyncError
 from cat_grpo.engines.hf import HFEngine, load_model_and_tokenizer
 from cat_grpo.engines.roles import open_engine
 from cat_grpo.lora import add_adapters
 from cat_grpo.presets import load_config
 from cat_grpo.step import Loop, open_loop, train_step
-from cat_grpo.sync import SyncError, check_sync, make_probes, send_weights
+from cat_grpo.sync import check_sync, make_probes, send_weights
 from serving import Server, free_port, start
 
 pytestmark = pytest.mark.vllm

@@ -32,6 +32,10 @@ class NoLogprobsError(Exception):
     """The server tells no probabilities of tokens: labels cannot be read, only written."""
 
 
+class SyncError(RuntimeError):
+    """An engine does not serve the learner's weights."""
+
+
 class Engine(Protocol):
     """A model that can be asked. Answers come in the order of the prompts."""
 

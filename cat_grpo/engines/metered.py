@@ -24,7 +24,7 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Figures since the last read; none where nothing was asked. tokens_per_s are of completions, over
         the time in which anything was asked; queue_depth is the mean number of prompts under way then."""
-        used, busy = self._usage, self._busy
+        used, busy = self.used, self._busy
         figures: dict[str, float] = {}
         if self._calls and busy:
             figures = {
@@ -52,11 +52,12 @@ class Meter:
             self._change(-prompts)
 
     def answered(self, usage: Iterable[Usage]) -> None:
-        self._usage += usage
+        self.used += usage
 
     def _start_anew(self) -> None:
         self._calls, self._busy, self._area = 0, 0.0, 0.0
-        self._usage: list[Usage] = []
+        self.used: list[Usage] = []
+        """By each prompt."""
 
     def _change(self, by: int) -> None:
         now = time.monotonic()

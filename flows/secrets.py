@@ -1,0 +1,20 @@
+"""Keys of servers that live in Prefect, read for as long as a flow runs and never kept."""
+
+from prefect.blocks.system import Secret
+
+from cat_grpo.config import Config
+
+
+async def read_secrets(config: Config) -> dict[str, str]:
+    """What each `prefect:NAME` in the config's `server.api_key`s stands for. ValueError where there is none."""
+    models = [model for model in (config.model, config.anchor, config.judge) if model]
+    wanted = {model.server.api_key for model in models if model.server.api_key.startswith("prefect:")}
+    return {where: await _read(where.removeprefix("prefect:")) for where in wanted}
+
+
+async def _read(name: str) -> str:
+    try:
+        block = await Secret.aload(name)
+    except ValueError as error:
+        raise ValueError(f"server.api_key: prefect:{name}: there is no such Secret block") from error
+    return str(block.get())
