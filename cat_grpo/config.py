@@ -236,8 +236,9 @@ class TrainConfig(Section):
     """Train until this step."""
     problems_per_step: int = Field(default=32, ge=1)
     """Problems in each step; times group_size gives the rollouts per update."""
-    shard_size: int = Field(default=32, ge=1)
-    """Problems that walk through the stages together."""
+    shard_size: int = Field(default=8, ge=1)
+    """Problems that walk through the stages together. Shards do not wait for each other: where some rollouts
+    are much longer than others, small ones keep the engines busy."""
     checkpoint_every: int = Field(default=10, ge=1)
     """Steps between checkpoints: at most this many are done again after a crash."""
     validation: str | None = None

@@ -43,9 +43,10 @@ VERSIONS_OF = ("cat-grpo", "torch", "transformers", "datasets", "prefect")
 MAY_CHANGE = {
     "train": {"steps", "checkpoint_every", "validation", "validation_limit", "patience", "max_consensus"},
     "learner": {"micro_batch_tokens", "gradient_checkpointing"},
-    "model": {"max_batch_tokens"},
+    "model": {"max_batch_tokens", "vllm", "server"},
 }
-"""What a resumed run may set anew, for more steps or less memory; the rest decides what its steps mean."""
+"""What a resumed run may set anew, for more steps, less memory or other servers; the rest decides what its
+steps mean."""
 
 
 class RunDir:

@@ -48,8 +48,8 @@ Referred = tuple[Sequence[Group], Sequence[Reference]]
 
 
 class Ragged(VLLMEngine):
-    """vLLM, whose completions have lengths that only the prompt and their place in the group decide: lognormal,
-    on average `mean` of the longest."""
+    """vLLM, whose completions have lengths that only the prompt and their place in the group decide:
+    lognormal, on average `mean` of the longest."""
 
     mean = 0.45
 
