@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     ArtifactFilter,
@@ -20,12 +21,13 @@ from prefect.testing.utilities import prefect_test_harness
 
 import cat_grpo.step
 import flows.artifacts
-from cat_grpo.config import Config
+from cat_grpo.config import Config, ModelConfig, ServerConfig
 from cat_grpo.presets import load_config
 from cat_grpo.rundir import RunDir
 from flows.artifacts import artifact_key
 from flows.demo import make_room
 from flows.evaluate import evaluate
+from flows.secrets import read_secrets
 from flows.synthesize import synthesize
 from flows.train import train
 
@@ -209,3 +211,19 @@ def test_a_demo_of_another_seed_steps_aside_and_comes_back(tmp_path: Path):
         ask_for(seed)
         assert sorted(path.name for path in out.glob("made-by-*")) == [f"made-by-{seed}"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo", "demo-1", "demo-2"]
+
+
+async def test_a_key_in_a_block_is_read_for_the_flow_alone(tmp_path: Path):
+    await Secret(value="sk-in-a-block").save("judge-key")  # type: ignore[misc]
+    server = ServerConfig(urls=("http://x/v1",), api="chat", api_key="prefect:judge-key")
+    config = Config(judge=ModelConfig(path="m", engine="openai", server=server))
+    assert await read_secrets(config) == {"prefect:judge-key": "sk-in-a-block"}
+    assert await read_secrets(Config()) == {}
+    assert "sk-in-a-block" not in config.model_dump_json()
+
+
+async def test_a_block_that_is_not_there_is_one_line():
+    server = ServerConfig(urls=("http://x/v1",), api_key="prefect:no-such-block")
+    config = Config(judge=ModelConfig(path="m", engine="openai", server=server))
+    with pytest.raises(ValueError, match=r"server\.api_key: prefect:no-such-block: there is no such"):
+        await read_secrets(config)

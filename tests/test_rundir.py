@@ -206,7 +206,7 @@ def test_the_config_is_kept_whole(tmp_path):
         ("reward.equivalence=math", "reward"),
         ("train.seed=1", "train"),
         ("train.problems_per_step=8", "train"),
-        ("train.shard_size=8", "train"),
+        ("train.shard_size=16", "train"),
     ],
 )
 def test_a_run_is_not_gone_on_with_under_other_settings(tmp_path, override, section):

@@ -355,6 +355,15 @@ def test_the_reward_is_the_share_of_yes_among_the_verdicts_given():
     assert rubric_reward([], 0.5) is None
 
 
+def test_a_soft_reward_is_the_mean_probability_of_yes():
+    verdicts = [Verdict(True, 0.9), Verdict(False, 0.3), Verdict(None, None)]
+    assert rubric_reward(verdicts, 0.5, is_soft=True) == pytest.approx(0.6)
+    assert rubric_reward(verdicts, 0.5) == 0.5
+    assert (
+        rubric_reward([Verdict(True, None), Verdict(False, 0.5)], 0.5, is_soft=True) == 0.75
+    )  # one was written
+
+
 CRITERIA = ("Says rest.", "Says water.", "Says tea.", "Says soup.")
 
 
