@@ -4,7 +4,7 @@ Defaults follow the paper (CaT, arXiv:2509.14234v3) where it gives a value for e
 departures that the README lists. The resolved tree is saved with the run.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -31,7 +31,7 @@ class VLLMConfig(Section):
 class ServerConfig(Section):
     """OpenAI-compatible servers of one model: equals, of which the least busy is asked."""
 
-    urls: tuple[str, ...] = ()
+    urls: tuple[Annotated[str, Field(pattern=r"^https?://[^@]+$")], ...] = ()
     """For example `http://localhost:8000/v1`. A server that fails is set aside and its requests go to the
     others."""
     api: Literal["tokens", "chat"] = "tokens"

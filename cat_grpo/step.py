@@ -218,10 +218,7 @@ async def open_loop(config: Config, run_path: Path, secrets: Mapping[str, str] |
     if lora_rank:
         add_adapters(model, lora_rank, config.learner.lora_alpha, config.train.seed)
     run = RunDir.open(run_path, config, problems)
-    learner = _open_learner(model, config)
     checkpoints = Checkpoints(run.checkpoints)
-    if checkpoints.latest_step():
-        checkpoints.restore(learner)
     live = HFEngine(model, tokenizer, config.model)
     probes = make_probes(
         [
@@ -229,7 +226,15 @@ async def open_loop(config: Config, run_path: Path, secrets: Mapping[str, str] |
             for problem in problems[:NUM_PROBES]
         ]
     )
-    engines = await open_roles(config, live, secrets or {})
+    learner = _open_learner(model, config)
+    try:
+        if checkpoints.latest_step():
+            checkpoints.restore(learner)
+        engines = await open_roles(config, live, secrets or {})
+    except BaseException:
+        await live.close()
+        learner.close()
+        raise
     loop = Loop(config, run, problems, validation, engines, learner, live, tokenizer, checkpoints, probes)
     try:
         await loop.sync()

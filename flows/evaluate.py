@@ -7,8 +7,8 @@ from prefect.artifacts import acreate_markdown_artifact
 
 from cat_grpo.checkpoints import read_card
 from cat_grpo.config import Config, ModelConfig
-from cat_grpo.engines import Engine, Engines
-from cat_grpo.engines.roles import open_engine
+from cat_grpo.engines import Engines
+from cat_grpo.engines.roles import open_engines
 from cat_grpo.engines.tokens import model_folder
 from cat_grpo.evaluate import evaluate as measure
 from cat_grpo.evaluate import load_labelled
@@ -34,23 +34,19 @@ async def evaluate(
     model = model or config.model.path
     anchor = anchor or read_card(Path(model_folder(model))).get("anchor", model)
     secrets = await read_secrets(config)
-    opened: dict[str, Engine] = {}
-
-    def engine(wanted: ModelConfig) -> Engine:
-        """Roles of one model share one engine."""
-        key = wanted.model_copy(update={"path": model_folder(wanted.path)}).model_dump_json()
-        return opened.get(key) or opened.setdefault(key, open_engine(wanted, secrets))
-
+    policy, frozen = at_path(config.model, model), at_path(config.anchor or config.model, anchor)
+    engines = Engines(*await open_engines([policy, frozen, config.judge or frozen], secrets))
     try:
-        policy, frozen = (
-            engine((wanted or config.model).model_copy(update={"path": path}))
-            for wanted, path in ((config.model, model), (config.anchor, anchor))
-        )
-        engines = Engines(policy, frozen, engine(config.judge) if config.judge else frozen)
         figures = await measure(labelled, engines, config, seed)
     finally:
-        for one in opened.values():
-            await one.close()
+        await engines.close()
     page = f"# {model}\n\n{len(labelled)} problems of {problems}\n\n{figures_table(figures)}\n"
     await publish(acreate_markdown_artifact(page, f"{artifact_key(model)}-evaluation", problems))
     return figures
+
+
+def at_path(config: ModelConfig, path: str) -> ModelConfig:
+    """The same engine for the model at `path`. ValueError where its servers have another's name."""
+    if config.engine == "openai" and config.server.model and path != config.path:
+        raise ValueError(f"server.model: {config.server.model} cannot stand for {path}, too: leave it empty")
+    return config.model_copy(update={"path": path})

@@ -16,7 +16,7 @@ from cat_grpo.answers import extract_answer, same_answer
 from cat_grpo.config import Config
 from cat_grpo.data import load_problems
 from cat_grpo.engines import Engines
-from cat_grpo.engines.roles import open_engine
+from cat_grpo.engines.roles import open_engines
 from cat_grpo.records import Group, Problem, Reference
 from cat_grpo.references import estimate_references
 from cat_grpo.report import table_rows
@@ -53,8 +53,7 @@ async def synthesize(config: Config, out: str) -> str:
         raise ValueError(f"{out}: expected a name that ends in .jsonl or .parquet")
     problems = load_problems(config.data)
     secrets = await read_secrets(config)
-    policy = open_engine(config.model, secrets)
-    anchor = open_engine(config.anchor, secrets) if config.anchor else policy
+    policy, anchor = await open_engines([config.model, config.anchor or config.model], secrets)
     engines = Engines(policy, anchor, anchor)
 
     @task(task_run_name="synthesize-{shard:05d}", cache_policy=NO_CACHE, persist_result=False)

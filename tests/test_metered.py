@@ -84,13 +84,13 @@ def test_engines_share_what_the_learner_leaves():
     """80 GiB less 15 % are 68; 1B weights are 0.9313 GiB a byte."""
     one_byte = BILLION / GIB
     beside_adapters = (68 - 2 * one_byte) / 80
-    assert engine_share(BILLION, 80 * GIB, 1, HALF) == pytest.approx(beside_adapters, abs=1e-3)
+    assert engine_share(BILLION, 80 * GIB, 1, HALF * BILLION) == pytest.approx(beside_adapters, abs=1e-3)
     beside_full = (68 - 16 * one_byte) / 2 / 80
-    assert engine_share(BILLION, 80 * GIB, 2, TRAINED) == pytest.approx(beside_full, abs=1e-3)
+    assert engine_share(BILLION, 80 * GIB, 2, TRAINED * BILLION) == pytest.approx(beside_full, abs=1e-3)
     assert engine_share(BILLION, 80 * GIB, 1, 0) == pytest.approx(0.85)
 
 
 def test_what_does_not_fit_is_refused_with_the_sizes():
     """4B weights: 60 GiB to train, which leaves 8 of 68, and two engines need 7.5 + 1 each."""
     with pytest.raises(ValueError, match=r"4\.0B weights needs 8 GiB, and the GPU has 4 for it"):
-        engine_share(4 * BILLION, 80 * GIB, 2, TRAINED)
+        engine_share(4 * BILLION, 80 * GIB, 2, 4 * TRAINED * BILLION)

@@ -53,7 +53,10 @@ class Scripted:
 
             def log_message(handler, *_: object) -> None: ...
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Server(ThreadingHTTPServer):
+            request_queue_size = 256  # by default 5 may knock at once, and the others are turned away
+
+        self._http = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
         threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
@@ -250,6 +253,8 @@ async def test_adapters_are_loaded_once_and_the_ones_before_go(lab_model: Path, 
             known.add(body["lora_name"])
             return 200, "ok"
         if path == "/v1/unload_lora_adapter":
+            if body["lora_name"] not in known:
+                return error(404, "no such adapter")
             known.discard(body["lora_name"])
             return 200, "ok"
         if body["model"] not in {*known, str(lab_model)}:
@@ -269,6 +274,9 @@ async def test_adapters_are_loaded_once_and_the_ones_before_go(lab_model: Path, 
         policy = open_engine(model(server, api="tokens", path=str(lab_model)), {})
         await policy.load_weights(tmp_path)
         (first,) = known
+        await policy.load_weights(tmp_path)
+        (second,) = known
+        known.clear()  # the server was started anew, between two updates and before a request
         await policy.load_weights(tmp_path)
         (second,) = known
         known.clear()

@@ -11,13 +11,13 @@ LEAST_CACHE = GIB
 """For keys and values: with less, an engine has no batch."""
 
 
-def engine_share(num_weights: int, gpu_bytes: int, num_engines: int, learner: int) -> float:
+def engine_share(num_weights: int, gpu_bytes: int, num_engines: int, taken: int) -> float:
     """The share of the GPU for each of `num_engines` engines of this many weights.
 
-    `learner` is how many bytes it has a weight: TRAINED, HALF beside adapters, 0 without one. ValueError
-    where an engine would have no room for its weights and a cache.
+    `taken` are the bytes of the learner and of other models there. ValueError where an engine would have no
+    room for its weights and a cache.
     """
-    free = gpu_bytes * (1 - SPARE) - num_weights * learner
+    free = gpu_bytes * (1 - SPARE) - taken
     each = free / num_engines
     needed = num_weights * HALF + LEAST_CACHE
     if each < needed:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from uuid import uuid4
 
 from cat_grpo.config import ModelConfig
 from cat_grpo.engines import NoLogprobsError, Sampling, together
-from cat_grpo.engines.pool import APIConnectionError, NotFoundError, Pool, Server
+from cat_grpo.engines.pool import UNREACHABLE, APIStatusError, NotFoundError, Pool, Server
 from cat_grpo.engines.tokens import ChatTokens
 from cat_grpo.lora import ADAPTER_WEIGHTS
 from cat_grpo.records import Completion, Generation, LabelRead, Messages, Usage
@@ -182,19 +183,23 @@ class TokenServers(_Servers):
                 before, server.adapter = server.adapter, adapter.name
                 server.loads += 1
                 if before:
-                    await server.client.post("/unload_lora_adapter", body={"lora_name": before}, cast_to=str)
+                    with suppress(NotFoundError):  # by a server that was started anew
+                        await server.client.post(
+                            "/unload_lora_adapter", body={"lora_name": before}, cast_to=str
+                        )
         return adapter.name
 
     async def _load_if_there(self, server: Server) -> None:
         """One that is away gets it when it is back and asked."""
         try:
             await self._model_on(server)
-        except NotFoundError:
-            raise ValueError(
-                f"{server.url}: no adapters: start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 --enable-lora"
-            ) from None
-        except APIConnectionError as error:
+        except UNREACHABLE as error:
             self._pool.set_aside(server, error)
+        except APIStatusError as error:
+            raise ValueError(
+                f"{server.url}: {self._pool.said(error)} (adapters need VLLM_ALLOW_RUNTIME_LORA_UPDATING=1,"
+                " --enable-lora, and the run's directory)"
+            ) from None
 
 
 class ChatServers(_Servers):

@@ -23,7 +23,10 @@ except ImportError as error:
 
 log = logging.getLogger(__name__)
 
-__all__ = ["APIConnectionError", "NotFoundError", "Pool", "Server"]
+__all__ = ["UNREACHABLE", "APIConnectionError", "APIStatusError", "NotFoundError", "Pool", "Server"]
+
+UNREACHABLE = (APIConnectionError, InternalServerError, RateLimitError)
+"""What another server may do better."""
 
 T = TypeVar("T")
 
@@ -84,20 +87,20 @@ class Pool:
                     if self._limit:
                         await self._limit.acquire()
                     return await request(server), failures
-            except (APIConnectionError, InternalServerError, RateLimitError) as error:
+            except UNREACHABLE as error:
                 failures += 1
                 self.set_aside(server, error)
                 if failures >= LIVES * len(self.servers):
-                    raise ConnectionError(f"{server.url}: {self._said(error)}") from None
+                    raise ConnectionError(f"{server.url}: {self.said(error)}") from None
             except APIStatusError as error:
-                raise ValueError(f"{server.url}: {self._said(error)}") from None
+                raise ValueError(f"{server.url}: {self.said(error)}") from None
             finally:
                 server.asked -= 1
 
     def set_aside(self, server: Server, error: Exception) -> None:
         if not self._is_away(server):
             log.warning(
-                "%s is set aside for %g s: %s", server.url, self._config.set_aside_s, self._said(error)
+                "%s is set aside for %g s: %s", server.url, self._config.set_aside_s, self.said(error)
             )
         server.away_until = _now() + self._config.set_aside_s
 
@@ -117,7 +120,7 @@ class Pool:
     def _is_away(self, server: Server) -> bool:
         return server.away_until > _now()
 
-    def _said(self, error: Exception) -> str:
+    def said(self, error: Exception) -> str:
         """One line, without the key, which some servers repeat."""
         return str(error).replace(self._api_key, "***").strip().partition("\n")[0]
 

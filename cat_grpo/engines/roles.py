@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -34,29 +34,44 @@ def open_engine(
     return HFEngine.open(config)
 
 
+async def open_engines(models: Sequence[ModelConfig], secrets: Secrets) -> list[Engine]:
+    """One for each, in order; equal ones are one engine."""
+    named = [model.model_copy(update={"path": model_folder(model.path)}) for model in models]
+    distinct = [model for i, model in enumerate(named) if model not in named[:i]]
+    opened = await _open_all(distinct, secrets)
+    return [opened[distinct.index(model)] for model in named]
+
+
 async def open_roles(config: Config, live: HFEngine, secrets: Secrets) -> Engines:
     """The roles of a training run, whose learner's live module is what `live` answers with.
 
     Under transformers, that is the policy. With adapters the anchor is the policy's engine without them.
     """
-    lora_rank, share = config.learner.lora_rank, _gpu_share(config)
+    lora_rank = config.learner.lora_rank
+    policies = [] if config.model.engine == "hf" else [config.model]
+    anchor = config.anchor or (None if lora_rank else config.model)
+    others = [model for model in (anchor, config.judge) if model]
+    learner = live.model.num_parameters() * (HALF if lora_rank else TRAINED // config.learner.num_ranks)
+    opened = iter(await _open_all([*policies, *others], secrets, learner, [lora_rank] * len(policies)))
+    policy = next(opened) if policies else live
+    frozen = next(opened) if anchor else policy.without_adapters()
+    return Engines(policy, frozen, next(opened) if config.judge else frozen)
+
+
+async def _open_all(
+    models: Sequence[ModelConfig], secrets: Secrets, learner: int = 0, lora_ranks: Sequence[int] = ()
+) -> list[Engine]:
+    """All or none. `learner` is the memory that it needs; the first of them take adapters of `lora_ranks`."""
+    share = _gpu_share(models, learner)
     opened: list[Engine] = []
-
-    def opens(model: ModelConfig, rank: int = 0) -> Engine:
-        opened.append(open_engine(model, secrets, share, rank))
-        return opened[-1]
-
     try:
-        policy = live if config.model.engine == "hf" else opens(config.model, lora_rank)
-        if config.anchor:
-            anchor = opens(config.anchor)
-        else:
-            anchor = policy.without_adapters() if lora_rank else opens(config.model)
-        return Engines(policy, anchor, opens(config.judge) if config.judge else anchor)
+        for model, rank in zip(models, [*lora_ranks, *[0] * len(models)], strict=False):
+            opened.append(open_engine(model, secrets, share, rank))
     except BaseException:
         for engine in opened:
             await engine.close()
         raise
+    return opened
 
 
 def refuse_untrainable(config: Config) -> None:
@@ -76,7 +91,7 @@ def _api_key(where: str, secrets: Secrets) -> str:
     kind, _, name = where.partition(":")
     if not where:
         return "none"
-    if kind == "env" and name in os.environ:
+    if kind == "env" and os.environ.get(name):
         return os.environ[name]
     if where in secrets:
         return secrets[where]
@@ -84,16 +99,15 @@ def _api_key(where: str, secrets: Secrets) -> str:
     raise ValueError(f"server.api_key: {where}: there is no such {what}")
 
 
-def _gpu_share(config: Config) -> float | None:
-    """Of each vLLM engine of the run, by the size of the largest; None without a GPU, or without any."""
-    anchor = config.anchor or (None if config.learner.lora_rank else config.model)
-    served = [model for model in (config.model, anchor, config.judge) if model and model.engine == "vllm"]
-    if not served or resolve_device(config.model).type != "cuda":
+def _gpu_share(models: Sequence[ModelConfig], learner: int) -> float | None:
+    """Of each vLLM engine that names none, by the size of the largest; None without a GPU, or without any."""
+    served = [model for model in models if model.engine == "vllm" and not model.vllm.gpu_memory]
+    if not served or resolve_device(served[0]).type != "cuda":
         return None
+    beside = sum(HALF * _num_weights(model) for model in models if model.engine == "hf")
     gpu_bytes = torch.cuda.get_device_properties(0).total_memory
     num_weights = max(_num_weights(model) for model in served)
-    learner = HALF if config.learner.lora_rank else TRAINED // config.learner.num_ranks
-    share = engine_share(num_weights, gpu_bytes, len(served), learner)
+    share = engine_share(num_weights, gpu_bytes, len(served), learner + beside)
     log.info("vLLM: %d engines, each with %.0f%% of %.0f GiB", len(served), 100 * share, gpu_bytes / GIB)
     return share
 

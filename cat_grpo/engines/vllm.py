@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cat_grpo.config import ModelConfig
-from cat_grpo.engines import Sampling, together
+from cat_grpo.engines import Sampling, SyncError, together
 from cat_grpo.engines.hf import resolve_device, resolve_dtype
 from cat_grpo.engines.tokens import ChatTokens, model_folder
 from cat_grpo.lora import ADAPTER_WEIGHTS
@@ -27,6 +27,7 @@ try:
     for name, value in _OURS.items():  # read when vLLM is imported
         os.environ.setdefault(name, value)
     from vllm import AsyncEngineArgs, RequestOutput, SamplingParams
+    from vllm.exceptions import VLLMClientError
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -99,7 +100,7 @@ class VLLMEngine:
             }
         try:
             llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | config.vllm.engine_args)))
-        except (TypeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"model {config.path!r}: vLLM: {error}") from error
         return cls(llm, tokens)
 
@@ -171,7 +172,8 @@ class VLLMEngine:
             await self._load_adapter(checkpoint)
             return
         await self._llm.collective_rpc("receive_weights", args=(str(checkpoint),))
-        await self._llm.reset_prefix_cache()  # what it holds was computed with the weights before
+        if not await self._llm.reset_prefix_cache(reset_running_requests=True):
+            raise SyncError("vLLM kept prefixes that it had computed with the weights before")
 
     async def close(self) -> None:
         """Ends the child processes. The other view of the engine may close it, too."""
@@ -192,11 +194,15 @@ class VLLMEngine:
     async def _ask(self, ids: list[int], sampling: SamplingParams) -> RequestOutput:
         request = f"cat-grpo-{next(_request_ids)}"
         prompt: Any = {"prompt_token_ids": ids}
-        outputs = [
-            output
-            async for output in self._llm.generate(prompt, sampling, request, lora_request=self._adapter)
-        ]
-        return outputs[-1]
+        asked = self._llm.generate(prompt, sampling, request, lora_request=self._adapter)
+        try:
+            output = [output async for output in asked][-1]
+        except VLLMClientError as error:
+            raise ValueError(f"vLLM: {error}") from error
+        broken = {one.finish_reason for one in output.outputs} - {"stop", "length"}
+        if broken:  # half of a rollout is none
+            raise ConnectionError(f"vLLM has ended a request before its end: {broken.pop()}")
+        return output
 
     def _generation(self, output: RequestOutput) -> Generation:
         outputs = sorted(output.outputs, key=lambda one: one.index)
