@@ -290,6 +290,26 @@ async def test_adapters_are_loaded_once_and_the_ones_before_go(lab_model: Path, 
     assert server.asked[-1][1]["model"] == str(lab_model)  # without adapters
 
 
+async def test_half_of_a_rollout_is_none(lab_model: Path):
+    reasons = iter(["abort"])
+
+    def reply(*_: Any) -> Reply:
+        choice = {
+            "index": 0,
+            "finish_reason": next(reasons, "stop"),
+            "text": "",
+            "token_ids": [5, 1],
+            "logprobs": {"token_logprobs": [-1.0, -2.0]},
+        }
+        return 200, {"id": "1", "object": "text_completion", "created": 0, "model": "m", "choices": [choice]}
+
+    with scripted(reply) as (server,):
+        engine = open_engine(model(server, api="tokens", path=str(lab_model)), {})
+        (generation,) = await engine.generate([user("hi")], ONE)
+        await engine.close()
+    assert len(server.asked) == 2 and generation.usage.retries == 1
+
+
 async def test_weights_that_are_no_adapters_are_refused(lab_model: Path):
     engine = open_engine(model("http://127.0.0.1:9/v1", api="tokens", path=str(lab_model)), {})
     with pytest.raises(ValueError, match="servers take adapters"):

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from cat_grpo.config import ModelConfig
 from cat_grpo.engines import NoLogprobsError, Sampling, together
-from cat_grpo.engines.pool import UNREACHABLE, APIStatusError, NotFoundError, Pool, Server
+from cat_grpo.engines.pool import UNREACHABLE, APIConnectionError, APIStatusError, NotFoundError, Pool, Server
 from cat_grpo.engines.tokens import ChatTokens
 from cat_grpo.lora import ADAPTER_WEIGHTS
 from cat_grpo.records import Completion, Generation, LabelRead, Messages, Usage
@@ -148,7 +148,11 @@ class TokenServers(_Servers):
             raw = await server.client.completions.with_raw_response.create(
                 model=await self._model_on(server), prompt=ids, extra_body=extra_body, **arguments
             )
-            return raw.parse(), raw.retries_taken
+            answer = raw.parse()
+            if any(choice.finish_reason not in ("stop", "length") for choice in answer.choices):
+                # Half of a rollout is none: another server is asked.
+                raise APIConnectionError(message="ended before its end", request=raw.http_request)
+            return answer, raw.retries_taken
 
         (answer, retries), failures = await self._pool.ask(self._anew_where_lost(request))
         return answer, retries + failures
