@@ -19,15 +19,18 @@ HEAVY = {"torch", "transformers", "prefect", "datasets", "pandas", "matplotlib",
 LIGHT_ROOMS = ("cat_grpo", "cat_grpo.config", "cat_grpo.records", "cat_grpo.prompts", "cat_grpo.cli")
 TEXT_STAGES = ("cat_grpo.rollouts", "cat_grpo.references", "cat_grpo.rubrics", "cat_grpo.rewards")
 ROOMS = {
+    "aiolimiter": {"engines.pool"},
     "datasets": {"data"},
     "defusedxml": {"rubrics"},
     "jinja2": {"prompts"},
     "math_verify": {"answers"},
     "matplotlib": {"report"},
+    "openai": {"engines.pool"},
     "peft": {"lora"},
     "ray": {"ranks"},
     "rich": {"cli"},
     "typer": {"cli"},
+    "vllm": {"engines.vllm", "engines.vllm_worker"},
 }
 STAGES = {"rollouts", "references", "rubrics", "rewards", "batches", "learner", "checkpoints"}
 STAGES_THAT_MAY_MEET = {
