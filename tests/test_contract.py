@@ -180,7 +180,7 @@ async def test_label_reads_agree_with_the_verdict_that_would_be_written(case: Ca
 async def test_reads_of_one_rollouts_criteria_share_its_prefix(case: Case, request: pytest.FixtureRequest):
     if request.node.get_closest_marker("vllm") is None:
         pytest.skip("it has no prefix cache")
-    judged = f"{CARE} " * 8
+    judged = f"{CARE} " * 30
     turns = [user(f"<rollout>{judged}</rollout> criterion {i}") for i in range(5)]
     await case.engine.read_labels(turns[:1], ("yes", "no"))
     for read in await case.engine.read_labels(turns[1:], ("yes", "no")):
