@@ -234,14 +234,9 @@ def _check_models(config: Any, *paths: str) -> None:
     from cat_grpo.prompts import set_folder
 
     set_folder(config.prompts)
-    others = [model for model in (config.anchor, config.judge) if model and _reads_ids(model)]
-    for path in (*(paths if _reads_ids(config.model) else ()), *(model.path for model in others)):
+    others = [model for model in (config.anchor, config.judge) if model and not model.is_chat]
+    for path in (*(() if config.model.is_chat else paths), *(model.path for model in others)):
         load_tokenizer(path)
-
-
-def _reads_ids(model: Any) -> bool:
-    """Whether its prompts are made into tokens here, and not by a server."""
-    return model.engine != "openai" or model.server.api == "tokens"
 
 
 def _print_plan(config: Any) -> None:

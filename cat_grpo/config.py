@@ -78,6 +78,11 @@ class ModelConfig(Section):
     chat_template_kwargs: dict[str, Any] = {}
     """Handed to the chat template, for example `{"enable_thinking": false}` for Qwen 3."""
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether servers make tokens of its prompts, and tell none of them."""
+        return self.engine == "openai" and self.server.api == "chat"
+
     @model_validator(mode="after")
     def _servers_have_addresses(self) -> "ModelConfig":
         if self.engine == "openai" and not self.server.urls:

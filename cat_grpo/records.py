@@ -72,6 +72,15 @@ class Generation:
     completions: tuple[Completion, ...]
     usage: Usage
 
+    @classmethod
+    def counted(
+        cls, prompt_token_ids: Sequence[int], completions: Sequence[Completion], cached_tokens: int = 0
+    ) -> "Generation":
+        """Its usage is what its ids say."""
+        written = sum(len(completion.token_ids) for completion in completions)
+        usage = Usage(len(prompt_token_ids), cached_tokens, written)
+        return cls(tuple(prompt_token_ids), tuple(completions), usage)
+
 
 @dataclass(frozen=True, slots=True)
 class LabelRead:

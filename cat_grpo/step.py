@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -226,21 +227,17 @@ async def open_loop(config: Config, run_path: Path, secrets: Mapping[str, str] |
             for problem in problems[:NUM_PROBES]
         ]
     )
-    learner = _open_learner(model, config)
-    try:
+    async with AsyncExitStack() as undo:
+        undo.push_async_callback(live.close)
+        learner = _open_learner(model, config)
+        undo.callback(learner.close)
         if checkpoints.latest_step():
             checkpoints.restore(learner)
         engines = await open_roles(config, live, secrets or {})
-    except BaseException:
-        await live.close()
-        learner.close()
-        raise
-    loop = Loop(config, run, problems, validation, engines, learner, live, tokenizer, checkpoints, probes)
-    try:
+        undo.push_async_callback(engines.close)
+        loop = Loop(config, run, problems, validation, engines, learner, live, tokenizer, checkpoints, probes)
         await loop.sync()
-    except BaseException:
-        await loop.close()
-        raise
+        undo.pop_all()
     return loop
 
 

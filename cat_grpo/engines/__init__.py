@@ -27,6 +27,10 @@ class Sampling:
     """One per prompt; completion i of a prompt draws from (seed, i) alone, whatever stands beside it in the
     batch. None: fresh randomness."""
 
+    def bounded_seeds(self, num_prompts: int) -> list[int | None]:
+        """One per prompt, for servers that draw completion i from the seed plus i, as a 64-bit integer."""
+        return [seed % 2**62 for seed in self.seeds] if self.seeds else [None] * num_prompts
+
 
 class NoLogprobsError(Exception):
     """The server tells no probabilities of tokens: labels cannot be read, only written."""

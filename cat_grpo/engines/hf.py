@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     LogitsProcessorList,
@@ -57,6 +58,12 @@ def load_model_and_tokenizer(
         )
     torch.nn.Module.to(model, resolve_device(config))
     return model.eval(), tokenizer
+
+
+def unloaded_model(path: str) -> PreTrainedModel:
+    """The model's layers and sizes, without its weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder(path)))
 
 
 class HFEngine:
@@ -127,14 +134,7 @@ class HFEngine:
             made = self._decode(rows, sampling.max_tokens, sampler)
             for position, i in enumerate(batch):
                 completions[i] = tuple(made[position * sampling.n : (position + 1) * sampling.n])
-        return [
-            Generation(
-                tuple(row),
-                completions[i],
-                Usage(len(row), completion_tokens=sum(len(c.token_ids) for c in completions[i])),
-            )
-            for i, row in enumerate(ids)
-        ]
+        return [Generation.counted(row, completions[i]) for i, row in enumerate(ids)]
 
     def _decode(
         self, rows: Sequence[Sequence[int]], max_tokens: int, sampler: "_Sampler"

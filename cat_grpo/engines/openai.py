@@ -3,7 +3,6 @@
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from cat_grpo.engines.tokens import ChatTokens
 from cat_grpo.lora import ADAPTER_WEIGHTS
 from cat_grpo.records import Completion, Generation, LabelRead, Messages, Usage
 
-MAX_SEED = 2**62
-"""vLLM draws completion i from the seed plus i, which must stay a 64-bit integer."""
 TOP_LOGPROBS = 20
 """The most that OpenAI's API tells."""
 
@@ -74,13 +71,11 @@ class TokenServers(_Servers):
 
     def without_adapters(self) -> "TokenServers":
         """The bare weights, on the same servers."""
-        other = copy(self)
-        other._adapter = None
-        return other
+        return type(self)(self._pool, self._config, self._tokens)
 
     async def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[Generation]:
         ids = [self._tokens.encode(messages) for messages in prompts]
-        seeds: Sequence[int | None] = sampling.seeds or [None] * len(ids)
+        seeds = sampling.bounded_seeds(len(ids))
         return await together(
             self._generate(row, seed, sampling) for row, seed in zip(ids, seeds, strict=True)
         )
@@ -109,7 +104,7 @@ class TokenServers(_Servers):
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            seed=None if seed is None else seed % MAX_SEED,
+            seed=seed,
             logprobs=0,
             extra_body={"top_k": sampling.top_k, "stop_token_ids": self._tokens.end_ids},
         )
@@ -213,7 +208,7 @@ class ChatServers(_Servers):
         return self
 
     async def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[Generation]:
-        seeds: Sequence[int | None] = sampling.seeds or [None] * len(prompts)
+        seeds = sampling.bounded_seeds(len(prompts))
         return await together(
             self._generate(messages, seed, sampling) for messages, seed in zip(prompts, seeds, strict=True)
         )
@@ -237,7 +232,7 @@ class ChatServers(_Servers):
             max_completion_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            **({} if seed is None else {"seed": seed % MAX_SEED}),
+            **({} if seed is None else {"seed": seed}),
         )
         choices = sorted(answer.choices, key=lambda choice: choice.index)
         completions = tuple(

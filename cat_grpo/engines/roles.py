@@ -3,13 +3,13 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from cat_grpo.config import Config, ModelConfig
 from cat_grpo.engines import Engine, Engines
-from cat_grpo.engines.hf import HFEngine, resolve_device
+from cat_grpo.engines.hf import HFEngine, resolve_device, unloaded_model
 from cat_grpo.engines.memory import GIB, HALF, TRAINED, engine_share
 from cat_grpo.engines.tokens import model_folder
 
@@ -38,7 +38,7 @@ async def open_engines(models: Sequence[ModelConfig], secrets: Secrets) -> list[
     """One for each, in order; equal ones are one engine."""
     named = [model.model_copy(update={"path": model_folder(model.path)}) for model in models]
     distinct = [model for i, model in enumerate(named) if model not in named[:i]]
-    opened = await _open_all(distinct, secrets)
+    opened = await _open_all([(model, 0) for model in distinct], secrets)
     return [opened[distinct.index(model)] for model in named]
 
 
@@ -48,41 +48,39 @@ async def open_roles(config: Config, live: HFEngine, secrets: Secrets) -> Engine
     Under transformers, that is the policy. With adapters the anchor is the policy's engine without them.
     """
     lora_rank = config.learner.lora_rank
-    policies = [] if config.model.engine == "hf" else [config.model]
+    policies = [] if config.model.engine == "hf" else [(config.model, lora_rank)]
     anchor = config.anchor or (None if lora_rank else config.model)
-    others = [model for model in (anchor, config.judge) if model]
+    others = [(model, 0) for model in (anchor, config.judge) if model]
     learner = live.model.num_parameters() * (HALF if lora_rank else TRAINED // config.learner.num_ranks)
-    opened = iter(await _open_all([*policies, *others], secrets, learner, [lora_rank] * len(policies)))
+    opened = iter(await _open_all([*policies, *others], secrets, learner))
     policy = next(opened) if policies else live
     frozen = next(opened) if anchor else policy.without_adapters()
     return Engines(policy, frozen, next(opened) if config.judge else frozen)
 
 
 async def _open_all(
-    models: Sequence[ModelConfig], secrets: Secrets, learner: int = 0, lora_ranks: Sequence[int] = ()
+    wanted: Sequence[tuple[ModelConfig, int]], secrets: Secrets, learner: int = 0
 ) -> list[Engine]:
-    """All or none. `learner` is the memory that it needs; the first of them take adapters of `lora_ranks`."""
-    share = _gpu_share(models, learner)
+    """All or none: models, each with the rank of the adapters that it takes; `learner`: its bytes."""
+    share = _gpu_share([model for model, _ in wanted], learner)
     opened: list[Engine] = []
-    try:
-        for model, rank in zip(models, [*lora_ranks, *[0] * len(models)], strict=False):
-            opened.append(open_engine(model, secrets, share, rank))
-    except BaseException:
-        for engine in opened:
-            await engine.close()
-        raise
+    async with AsyncExitStack() as undo:
+        for model, lora_rank in wanted:
+            opened.append(open_engine(model, secrets, share, lora_rank))
+            undo.push_async_callback(opened[-1].close)
+        undo.pop_all()
     return opened
 
 
 def refuse_untrainable(config: Config) -> None:
     """ValueError where the policy's engine cannot be given what the learner makes."""
     if config.model.engine == "openai":
-        if config.model.server.api == "chat":
+        if config.model.is_chat:
             raise ValueError("model.server.api: the policy needs its token ids back: tokens")
         if not config.learner.lora_rank:
             raise ValueError("learner.lora_rank: servers take new adapters, not new weights: above 0")
     anchor = config.anchor or config.model
-    if config.learner.kl_coef and anchor.engine == "openai" and anchor.server.api == "chat":
+    if config.learner.kl_coef and anchor.is_chat:
         raise ValueError("learner.kl_coef: a chat server cannot score the policy's tokens: 0")
 
 
@@ -104,15 +102,11 @@ def _gpu_share(models: Sequence[ModelConfig], learner: int) -> float | None:
     served = [model for model in models if model.engine == "vllm" and not model.vllm.gpu_memory]
     if not served or resolve_device(served[0]).type != "cuda":
         return None
-    beside = sum(HALF * _num_weights(model) for model in models if model.engine == "hf")
+    beside = sum(
+        HALF * unloaded_model(model.path).num_parameters() for model in models if model.engine == "hf"
+    )
     gpu_bytes = torch.cuda.get_device_properties(0).total_memory
-    num_weights = max(_num_weights(model) for model in served)
+    num_weights = max(unloaded_model(model.path).num_parameters() for model in served)
     share = engine_share(num_weights, gpu_bytes, len(served), learner + beside)
     log.info("vLLM: %d engines, each with %.0f%% of %.0f GiB", len(served), 100 * share, gpu_bytes / GIB)
     return share
-
-
-def _num_weights(config: ModelConfig) -> int:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder(config.path)))
-    return model.num_parameters()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cat_grpo.engines import Sampling
-from cat_grpo.records import Completion, Generation, LabelRead, Messages, Usage
+from cat_grpo.records import Completion, Generation, LabelRead, Messages
 
 
 class ScriptedEngine:
@@ -52,8 +52,7 @@ class ScriptedEngine:
     def _generation(self, prompt: str, sampling: Sampling) -> Generation:
         self.prompts.append(prompt)
         completions = tuple(self._completion(self._reply(prompt, i), sampling) for i in range(sampling.n))
-        usage = Usage(len(prompt.encode()), completion_tokens=sum(len(c.token_ids) for c in completions))
-        return Generation(tuple(prompt.encode()), completions, usage)
+        return Generation.counted(prompt.encode(), completions)
 
     def _completion(self, text: str, sampling: Sampling) -> Completion:
         token_ids = (*text.encode(), self.END)

@@ -8,16 +8,14 @@ import itertools
 import math
 import os
 from collections.abc import Sequence
-from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from cat_grpo.config import ModelConfig
 from cat_grpo.engines import Sampling, SyncError, together
-from cat_grpo.engines.hf import resolve_device, resolve_dtype
+from cat_grpo.engines.hf import resolve_device, resolve_dtype, unloaded_model
 from cat_grpo.engines.tokens import ChatTokens, model_folder
 from cat_grpo.lora import ADAPTER_WEIGHTS
 from cat_grpo.records import Completion, Generation, LabelRead, Messages, Usage
@@ -49,8 +47,6 @@ CPU_ARGS = {
 }
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM makes room for."""
-MAX_SEED = 2**62
-"""Completion i draws from the seed plus i, which must stay a 64-bit integer."""
 
 _request_ids = itertools.count()
 
@@ -106,13 +102,10 @@ class VLLMEngine:
 
     def without_adapters(self) -> "VLLMEngine":
         """The bare weights: the same engine, the same batch."""
-        other = copy(self)
-        other._adapter = None
-        return other
+        return type(self)(self._llm, self._tokens)
 
     async def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[Generation]:
         ids = [self._tokens.encode(messages) for messages in prompts]
-        seeds: Sequence[int | None] = sampling.seeds or [None] * len(ids)
         outputs = await self._ask_all(
             (
                 row,
@@ -122,26 +115,20 @@ class VLLMEngine:
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
                     top_k=sampling.top_k,
-                    seed=None if seed is None else seed % MAX_SEED,
+                    seed=seed,
                     logprobs=0,
                     stop_token_ids=self._tokens.end_ids,
                     detokenize=False,
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 ),
             )
-            for row, seed in zip(ids, seeds, strict=True)
+            for row, seed in zip(ids, sampling.bounded_seeds(len(ids)), strict=True)
         )
         return [self._generation(output) for output in outputs]
 
     async def read_labels(self, prompts: Sequence[Messages], labels: Sequence[str]) -> list[LabelRead]:
         label_ids = self._tokens.label_ids(labels)
-        sampling = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            logprob_token_ids=[token for spellings in label_ids for token in spellings],
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        sampling = _one_token(logprob_token_ids=[token for spellings in label_ids for token in spellings])
         outputs = await self._ask_all((self._tokens.encode(messages), sampling) for messages in prompts)
         return [_label_read(output, label_ids) for output in outputs]
 
@@ -149,13 +136,7 @@ class VLLMEngine:
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
     ) -> list[tuple[float, ...]]:
         # One token more is asked for, because vLLM answers nothing to none.
-        sampling = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            prompt_logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        sampling = _one_token(prompt_logprobs=0)
         rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
         outputs = await self._ask_all((row, sampling) for row in rows)
         scores = []
@@ -206,30 +187,33 @@ class VLLMEngine:
 
     def _generation(self, output: RequestOutput) -> Generation:
         outputs = sorted(output.outputs, key=lambda one: one.index)
-        completions = tuple(self._completion(one) for one in outputs)
-        made = sum(len(completion.token_ids) for completion in completions)
-        return Generation(tuple(output.prompt_token_ids or ()), completions, _usage(output, made))
+        completions = [self._completion(one) for one in outputs]
+        return Generation.counted(output.prompt_token_ids or (), completions, output.num_cached_tokens or 0)
 
     def _completion(self, output: Any) -> Completion:
         logprobs = [at[token].logprob for at, token in zip(output.logprobs, output.token_ids, strict=True)]
         return self._tokens.completion(output.token_ids, logprobs)
 
 
+def _one_token(**told: Any) -> SamplingParams:
+    """The likeliest, and the logprobs that are to be told with it."""
+    return SamplingParams(
+        max_tokens=1, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **told
+    )
+
+
 def _label_read(output: RequestOutput, label_ids: Sequence[Sequence[int]]) -> LabelRead:
     """The probability of each label: of all its spellings together."""
     told: Any = (output.outputs[0].logprobs or [])[0]
     probabilities = tuple(sum(math.exp(told[i].logprob) for i in ids) for ids in label_ids)
-    return LabelRead(probabilities, _usage(output, 1))
-
-
-def _usage(output: RequestOutput, completion_tokens: int) -> Usage:
-    return Usage(len(output.prompt_token_ids or ()), output.num_cached_tokens or 0, completion_tokens)
+    return LabelRead(
+        probabilities, Usage(len(output.prompt_token_ids or ()), output.num_cached_tokens or 0, 1)
+    )
 
 
 def adapted_layers(config: ModelConfig) -> list[str]:
     """The last names of the model's linear layers but its head: what peft calls `all-linear`."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder(config.path)))
+    model = unloaded_model(config.path)
     head = model.get_output_embeddings()
     return sorted(
         {
