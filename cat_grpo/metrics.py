@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Iterable, Sequence
-
-import torch
-from torch import Tensor
+from statistics import correlation
+from typing import TYPE_CHECKING
 
 from cat_grpo.records import ScoredGroup
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Metrics = dict[str, float]
 
 
-def step_metrics(scored: Sequence[ScoredGroup], total_rewards: Tensor) -> Metrics:
+def step_metrics(scored: Sequence[ScoredGroup], total_rewards: "Tensor") -> Metrics:
     """Figures of one step. `total_rewards` is (P, G): what the advantages are made of, NaN for none."""
     figures = (
         _reference_metrics(scored)
@@ -47,6 +49,12 @@ def mean(values: Iterable[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
+def std(values: Sequence[float]) -> float:
+    """Population standard deviation."""
+    centre = mean(values)
+    return math.sqrt(mean((value - centre) ** 2 for value in values))
+
+
 def _reference_metrics(scored: Sequence[ScoredGroup]) -> Metrics:
     references = [group.reference for group in scored]
     agrees = [agrees_with_majority(group) for group in scored]
@@ -69,14 +77,14 @@ def _consensus_metrics(scored: Sequence[ScoredGroup]) -> Metrics:
     }
 
 
-def _reward_metrics(scored: Sequence[ScoredGroup], total_rewards: Tensor) -> Metrics:
+def _reward_metrics(scored: Sequence[ScoredGroup], total_rewards: "Tensor") -> Metrics:
     groups = [[score.reward for score in group.scores if score.reward is not None] for group in scored]
     judged = [rewards for rewards in groups if rewards]
     scores = [score for group in scored for score in group.scores]
     return {
         "reward/mean": mean(reward for rewards in judged for reward in rewards),
         "reward/total_mean": total_rewards.nanmean().item(),
-        "reward/std": mean(_std(rewards) for rewards in judged),
+        "reward/std": mean(std(rewards) for rewards in judged),
         "reward/all_zero_frac": mean(set(rewards) == {0.0} for rewards in judged),
         "reward/all_one_frac": mean(set(rewards) == {1.0} for rewards in judged),
         "reward/no_variance_frac": mean(len(set(rewards)) == 1 for rewards in judged),
@@ -113,12 +121,6 @@ def _length_metrics(scored: Sequence[ScoredGroup]) -> Metrics:
     }
 
 
-def _std(values: Sequence[float]) -> float:
-    """Population standard deviation."""
-    centre = mean(values)
-    return math.sqrt(mean((value - centre) ** 2 for value in values))
-
-
 def _length_correlation(scored: Sequence[ScoredGroup]) -> float:
     """Pearson's, over all rollouts with a reward; NaN where either side is constant."""
     pairs = [
@@ -127,9 +129,7 @@ def _length_correlation(scored: Sequence[ScoredGroup]) -> float:
         for rollout, score in zip(group.group.rollouts, group.scores, strict=True)
         if score.reward is not None
     ]
-    if len(pairs) < 2:
+    lengths, rewards = ([pair[side] for pair in pairs] for side in (0, 1))
+    if len(set(lengths)) < 2 or len(set(rewards)) < 2:
         return math.nan
-    lengths, rewards = torch.tensor(pairs, dtype=torch.float64).T
-    if lengths.std() == 0 or rewards.std() == 0:
-        return math.nan
-    return torch.corrcoef(torch.stack([lengths, rewards]))[0, 1].item()
+    return correlation(lengths, rewards)

@@ -1,8 +1,8 @@
 """The run directory is the truth: what it holds was done, and what it lacks is still to do.
 
     config.json  manifest.json  metrics.jsonl
-    steps/000012/rollouts-00.parquet  references-00.parquet  scores-00.parquet
-    checkpoints/000020/  latest -> 000020  best -> 000010
+    steps/000012/rollouts-00.parquet  references-00.parquet  scores-00.parquet  groups.parquet
+    reviews.jsonl  checkpoints/000020/  latest -> 000020  best -> 000010
 
 Files appear whole, by rename, or not at all.
 """
@@ -15,6 +15,7 @@ import random
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 from cat_grpo.config import Config
 from cat_grpo.prompts import prompt_hashes
 from cat_grpo.records import Group, Problem, Reference, ScoredGroup
+from cat_grpo.summaries import SUMMARIES, Summary
 from cat_grpo.tables import (
     REFERENCES,
     ROLLOUTS,
@@ -102,6 +104,12 @@ class RunDir:
         """All shards of a step that are done, in order."""
         shards = sorted(self.step_folder(step).glob("scores-*.parquet"))
         return [scored for shard in range(len(shards)) for scored in self.read_scored(step, shard)]
+
+    def summaries_file(self, step: int) -> Path:
+        return self.step_folder(step) / "groups.parquet"
+
+    def write_summaries(self, step: int, summaries: Sequence[Summary]) -> Path:
+        return _write_rows(self.summaries_file(step), map(asdict, summaries), SUMMARIES)
 
     def metrics(self) -> list[Metrics]:
         """One dict per finished step, in order."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cat_grpo.batches import make_batch, rollout_kl, total_rewards
+from cat_grpo.batches import Batch, make_batch, rollout_kl, total_rewards
 from cat_grpo.checkpoints import Checkpoints
 from cat_grpo.config import Config
 from cat_grpo.data import load_problems
@@ -35,6 +35,7 @@ from cat_grpo.rewards import score_groups
 from cat_grpo.rollouts import generate_rollouts, solve_prompt
 from cat_grpo.rundir import RunDir, problems_of_step, rollout_keys
 from cat_grpo.selection import SCORE, alarm, is_best, label_free_score
+from cat_grpo.summaries import Values, summarise_update
 from cat_grpo.sync import HALF_TOLERANCE, TOLERANCE, Probe, check_sync, make_probes, send_weights
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ class Loop:
             raise NotFiniteError(f"step {step}: {error}; the batch is in {path}") from error
         metrics = {"step": float(step), **step_metrics(scored, rewards)}
         metrics |= {f"policy/{name}": value for name, value in update.items()}
+        self.run.write_summaries(step, summarise_update(scored, kl, *_by_group(scored, rewards, batch)))
         if kl:
             metrics["policy/kl"] = mean(value for group in kl for value in group)
         metrics["time/update_s"] = time.monotonic() - started
@@ -239,6 +241,19 @@ async def open_loop(config: Config, run_path: Path, secrets: Mapping[str, str] |
         await loop.sync()
         undo.pop_all()
     return loop
+
+
+def _by_group(scored: Sequence[ScoredGroup], rewards: torch.Tensor, batch: Batch) -> tuple[Values, Values]:
+    """What the rollouts' advantages are made of, and the advantages: None where there is no reward."""
+    advantages = iter(row.advantage for row in batch.rows)
+    judged = [[score.reward is not None for score in group.scores] for group in scored]
+    return (
+        [
+            [reward if is_judged else None for reward, is_judged in zip(*row, strict=True)]
+            for row in zip(rewards.tolist(), judged, strict=True)
+        ],
+        [[next(advantages) if is_judged else None for is_judged in row] for row in judged],
+    )
 
 
 def _open_learner(model: PreTrainedModel, config: Config) -> "Learner | Ranks":
