@@ -106,6 +106,9 @@ class DataConfig(Section):
     """`verifiable` or `open`, per row."""
     kind: Literal["verifiable", "open"] | None = None
     """The kind of every row; overrides the column."""
+    reviews: str | None = None
+    """A reviews.jsonl of the inspector: problems whose reference people last found wrong are left out from
+    the run's next start on. `own`: the run's own."""
 
 
 class RolloutConfig(Section):
@@ -259,6 +262,17 @@ class TrainConfig(Section):
     """Stop when a larger share of a step's rollouts than this has no reward."""
 
 
+class BudgetConfig(Section):
+    """Where this start of a run ends, if training has not ended before; the next start goes on from there."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """At most this many steps."""
+    minutes: float | None = Field(default=None, gt=0.0)
+    """No step is begun that, as long as the longest so far, would end later than this. One always is."""
+    problems: int | None = Field(default=None, ge=1)
+    """No step is begun that would take more problems than this, all in all. One always is."""
+
+
 class Config(Section):
     """One training run."""
 
@@ -276,6 +290,7 @@ class Config(Section):
     reward: RewardConfig = Field(default=RewardConfig(), title="Rewards")
     learner: LearnerConfig = Field(default=LearnerConfig(), title="Learner")
     train: TrainConfig = Field(default=TrainConfig(), title="Training")
+    budget: BudgetConfig = Field(default=BudgetConfig(), title="Budget")
 
     @model_validator(mode="after")
     def _anchor_and_policy_are_compared_alike(self) -> "Config":

@@ -1,23 +1,23 @@
-"""Records and metrics for a person to read: pages, tables, curves. Small whatever the texts' lengths.
+"""Records and metrics for a person to read: pages and tables. Small whatever the texts' lengths.
 
 Texts are a model's: on a page they are escaped, and cut to the widest cells that keep the page in its bounds.
 """
 
-import io
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from cat_grpo.config import TrainConfig
 from cat_grpo.metrics import Metrics, agrees_with_majority, differs_from_all, mean
 from cat_grpo.records import RolloutScore, ScoredGroup
-from cat_grpo.selection import SCORE, WINDOW
+from cat_grpo.reviews import Accuracy
+from cat_grpo.selection import SCORE, WINDOW, alarm
 
 T = TypeVar("T")
 
 MAX_BYTES = 24_000
 """Of a table's or group's JSON: a dashboard may send all versions of a run's pages to the browser at once."""
-MAX_PNG_BYTES = 36_000
 MAX_ROWS = 50
 MAX_ROLLOUTS = 16
 WIDTHS = (1000, 500, 250, 120, 60, 30, 15, 0)
@@ -30,30 +30,10 @@ HEADLINE = {
     "rubric/satisfied_frac": "criteria met",
     "policy/entropy": "entropy",
 }
-PANELS = {
-    "Reward": {"reward": "reward/mean", "after penalties and KL": "reward/total_mean"},
-    "Majority's share": {"majority": "consensus/majority_frac"},
-    "Reference differs": {
-        "from the majority": "reference/differs_from_majority_frac",
-        "from every rollout": "reference/differs_from_all_frac",
-    },
-    "Rubric": {"criteria met": "rubric/satisfied_frac", "judge abstained": "rubric/abstained_frac"},
-    "Checkpoints": {
-        "pass@1": "validation/pass@1",
-        "points F1": "validation/points_f1",
-        "reference accuracy": "validation/reference_accuracy",
-        "score to choose by": SCORE,
-    },
-    "Entropy, nats per token": {"entropy": "policy/entropy"},
-    "KL to the anchor, nats": {"KL": "policy/kl"},
-    "Length, tokens": {"rollout": "policy/tokens_per_rollout", "reference": "reference/tokens"},
-}
-NUM_COLUMNS = 3
-COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea")
 
 
 def step_markdown(
-    history: Sequence[Metrics], scored: Sequence[ScoredGroup], num_steps: int, alarm: str | None = None
+    history: Sequence[Metrics], scored: Sequence[ScoredGroup], num_steps: int, stopped: str | None = None
 ) -> str:
     """A page on the history's last step: alarms, headline, one group in full, and then every figure."""
     now, first = history[-1], history[0]
@@ -64,8 +44,8 @@ def step_markdown(
     )
     blocks = [
         f"# Step {len(history)} of {num_steps}",
-        *([f"⛔ **Stopped here:** {_escape(alarm)}"] if alarm else []),
-        *(f"⚠ **Look here:** {_escape(warning)}" for warning in warnings(history)),
+        *([f"⛔ **Stopped here:** {_escape(stopped)}"] if stopped else []),
+        *(f"⚠ **Look here:** {_escape(warning)}" for warning in warnings(history).values()),
         " · ".join(headline),
         group_markdown(scored[0]),
         "## All figures",
@@ -74,24 +54,46 @@ def step_markdown(
     return "\n\n".join(blocks) + "\n"
 
 
-def warnings(history: Sequence[Metrics]) -> list[str]:
-    """What a person should look at before an alarm of `selection` stops the run."""
+def run_markdown(history: Sequence[Metrics], config: TrainConfig, reviewed: Accuracy) -> str:
+    """A page on the whole run: its first and its last steps, its checkpoints, what people say of it."""
+    first, last = history[:WINDOW], history[-WINDOW:]
+    names = [name for name in _means(history[-1]) if not name.startswith(("time/", "engine/", "validation/"))]
+    figures = [[name, _late(first, name), _late(last, name)] for name in names if name != "step"]
+    checkpoints = [
+        [str(step), f"{metrics[SCORE]:.3f}"]
+        for step, metrics in enumerate(history, start=1)
+        if SCORE in metrics
+    ]
+    decided = reviewed.right + reviewed.wrong
+    blocks = [
+        f"# {len(history)} of {config.steps} steps",
+        *([f"⛔ **Stopped:** {_escape(reason)}"] if (reason := alarm(history, config)) else []),
+        f"People found **{reviewed.right} of {decided}** reviewed references right." if decided else "",
+        _table(["", f"first {len(first)} steps", f"last {len(last)} steps"], figures),
+        "## Checkpoints",
+        _table(["after step", "score"], checkpoints[-MAX_ROWS:]),
+    ]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def warnings(history: Sequence[Metrics]) -> dict[str, str]:
+    """What a person should look at before an alarm of `selection` stops the run, by what it is about."""
     now, first = history[-1], history[0]
-    found = [
-        f"{_figure(now, name)} {words}"
+    found = {
+        name: f"{_figure(now, name)} {words}"
         for name, words in (
             ("reward/dropped_frac", "of the rollouts have no reward"),
             ("rubric/abstained_frac", "of the verdicts are missing"),
         )
         if now.get(name, 0.0) > 0.05
-    ]
+    }
     is_falling = now.get("policy/entropy", 0.0) < first.get("policy/entropy", 0.0)
     if is_falling and now.get("consensus/majority_frac", 0.0) > 0.95:
-        found.append("rollouts nearly all agree while entropy falls: little is left to reconcile")
+        found["consensus"] = "rollouts nearly all agree while entropy falls: little is left to reconcile"
     scores = {step: metrics[SCORE] for step, metrics in enumerate(history, start=1) if SCORE in metrics}
     if scores and scores[max(scores)] < (best := max(scores.values())):
         step = next(step for step, score in scores.items() if score == best)
-        found.append(f"the last checkpoint scores {scores[max(scores)]:.3f}, that of step {step} {best:.3f}")
+        found[SCORE] = f"the last checkpoint scores {scores[max(scores)]:.3f}, that of step {step} {best:.3f}"
     return found
 
 
@@ -128,69 +130,6 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     return _table(["", "", "before", "after"], rows)
 
 
-def curves_png(history: Sequence[Metrics]) -> bytes:
-    """The run so far as small multiples: each of PANELS that has something to show."""
-    from matplotlib.figure import Figure
-
-    panels = {title: curves for title, names in PANELS.items() if (curves := _curves(history, names))}
-    num_rows = max(1, -(-len(panels) // NUM_COLUMNS))
-    height = 2.1 * num_rows
-    figure = Figure(figsize=(8.2, height))
-    figure.subplots_adjust(0.055, 0.28 / height, 0.985, 1 - 0.32 / height, wspace=0.2, hspace=0.36)
-    for position, (title, curves) in enumerate(panels.items(), start=1):
-        _draw(figure.add_subplot(num_rows, NUM_COLUMNS, position), title, curves)
-    return _small_png(figure)
-
-
-def _curves(history: Sequence[Metrics], names: Mapping[str, str]) -> dict[str, dict[int, float]]:
-    """By label: the value at each step, counted from 1. A curve that repeats another is left out."""
-    curves: dict[str, dict[int, float]] = {}
-    for label, name in names.items():
-        curve = {step: metrics[name] for step, metrics in enumerate(history, start=1) if name in metrics}
-        if curve and curve not in curves.values():
-            curves[label] = curve
-    return curves
-
-
-def _draw(axes: Any, title: str, curves: Mapping[str, Mapping[int, float]]) -> None:
-    """Few steps as dots on a line; many faint, under their running mean."""
-    for colour, (label, curve) in zip(COLOURS, curves.items(), strict=False):
-        steps, values = list(curve), list(curve.values())
-        if len(values) <= 2 * WINDOW:
-            axes.plot(steps, values, color=colour, label=label, linewidth=1.6, marker="o", markersize=3)
-        else:
-            stride = 1 + len(values) // 250  # finer than the pixels is only bytes
-            recent = [mean(values[max(0, i - WINDOW) : i]) for i in range(1, len(values) + 1)]
-            axes.plot(steps[::stride], values[::stride], color=colour, linewidth=0.8, alpha=0.25)
-            axes.plot(steps[::stride], recent[::stride], color=colour, label=label, linewidth=1.6)
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color="#111827")
-    axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#9ca3af")
-    axes.tick_params(labelsize=8, length=0, colors="#4b5563")
-    axes.locator_params(nbins=5)
-    axes.locator_params(axis="x", integer=True)
-    axes.margins(x=0.03, y=0.15)
-    if axes.get_ylim()[0] > 0:
-        axes.set_ylim(bottom=0)  # a zoomed axis makes noise look like a trend
-    if len(curves) > 1:
-        axes.legend(fontsize=7.5, frameon=False, labelcolor="#374151", handlelength=1.2)
-
-
-def _small_png(figure: Any) -> bytes:
-    """As sharp as fits. 32 colours are enough for lines: a third of the bytes."""
-    from PIL import Image
-
-    for dpi in (115, 85, 55):
-        drawn, small = io.BytesIO(), io.BytesIO()
-        figure.savefig(drawn, format="png", dpi=dpi)
-        few_colours = Image.open(drawn).convert("RGB").quantize(32, Image.Quantize.MAXCOVERAGE)
-        few_colours.save(small, format="png", optimize=True)
-        if small.tell() <= MAX_PNG_BYTES:
-            break
-    return small.getvalue()
-
-
 def _all_figures(history: Sequence[Metrics]) -> str:
     """Every figure of the last step beside its late mean and its first value, by section."""
     now, first, recent = history[-1], history[0], history[-WINDOW:]
@@ -199,10 +138,14 @@ def _all_figures(history: Sequence[Metrics]) -> str:
         members = [name for name in _means(now) if name.startswith(f"{section}/")]
         rows += [[f"**{section}**", "", "", ""]] if members else []
         for name in members:
-            late = {name: mean(metrics[name] for metrics in recent if name in metrics)}
             words = name.partition("/")[2].removesuffix("_frac").removesuffix("_s").replace("_", " ")
-            rows.append([words, *(_figure(metrics, name) for metrics in (now, late, first))])
+            rows.append([words, _figure(now, name), _late(recent, name), _figure(first, name)])
     return _table(["", "this step", f"mean of {len(recent)}", "step 1"], rows)
+
+
+def _late(steps: Sequence[Metrics], name: str) -> str:
+    """The mean of these steps, those left out that lack it."""
+    return _figure({name: mean(metrics[name] for metrics in steps if name in metrics)}, name)
 
 
 def _reference_row(group: ScoredGroup) -> dict[str, Any]:

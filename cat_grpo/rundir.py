@@ -1,6 +1,6 @@
 """The run directory is the truth: what it holds was done, and what it lacks is still to do.
 
-    config.json  manifest.json  metrics.jsonl
+    config.json  manifest.json  metrics.jsonl  changes.jsonl (of the data)
     steps/000012/rollouts-00.parquet  references-00.parquet  scores-00.parquet  groups.parquet
     reviews.jsonl  checkpoints/000020/  latest -> 000020  best -> 000010
 
@@ -11,9 +11,7 @@ import hashlib
 import json
 import os
 import platform
-import random
 import subprocess
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cat_grpo.config import Config
+from cat_grpo.order import Change, change_lines, changes_with, read_changes
 from cat_grpo.prompts import prompt_hashes
 from cat_grpo.records import Group, Problem, Reference, ScoredGroup
 from cat_grpo.summaries import SUMMARIES, Summary
@@ -46,6 +45,8 @@ MAY_CHANGE = {
     "train": {"steps", "checkpoint_every", "validation", "validation_limit", "patience", "max_consensus"},
     "learner": {"micro_batch_tokens", "gradient_checkpointing"},
     "model": {"max_batch_tokens", "vllm", "server"},
+    "data": {"reviews"},
+    "budget": {"steps", "minutes", "problems"},
 }
 """What a resumed run may set anew, for more steps, less memory or other servers; the rest decides what its
 steps mean."""
@@ -111,6 +112,20 @@ class RunDir:
     def write_summaries(self, step: int, summaries: Sequence[Summary]) -> Path:
         return _write_rows(self.summaries_file(step), map(asdict, summaries), SUMMARIES)
 
+    def first_free_step(self) -> int:
+        """The first step that nothing was made for, nor for any after it."""
+        begun = [int(folder.name) for folder in self.path.glob("steps/*")]
+        return max(begun, default=-1) + 1
+
+    def take_in(self, ids: Sequence[str]) -> tuple[Change, ...]:
+        """The data has these problems now: from the first free step on. Returns all changes so far."""
+        path = self.path / "changes.jsonl"
+        before = read_changes(path)
+        changes = changes_with(before, ids, self.first_free_step() if before else 0)
+        if changes != before:
+            write_whole(path, change_lines(changes))
+        return changes
+
     def metrics(self) -> list[Metrics]:
         """One dict per finished step, in order."""
         path = self.path / "metrics.jsonl"
@@ -125,26 +140,6 @@ def seed_of(run_seed: int, step: int, stage: str, problem_id: str) -> int:
     """63 bits that depend on all four and on nothing else."""
     digest = hashlib.sha256(f"{run_seed} {step} {stage} {problem_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def problems_of_step(problems: Sequence[Problem], step: int, num_problems: int, seed: int) -> list[Problem]:
-    """The problems of a step: epochs of the whole data one after another, each in an order of its own."""
-    positions = range(step * num_problems, (step + 1) * num_problems)
-    orders: dict[int, list[int]] = {}
-    for epoch in {position // len(problems) for position in positions}:
-        orders[epoch] = random.Random(f"{seed} epoch {epoch}").sample(range(len(problems)), len(problems))
-    return [problems[orders[position // len(problems)][position % len(problems)]] for position in positions]
-
-
-def rollout_keys(problems: Sequence[Problem]) -> list[str]:
-    """What the rollouts of a step's problems are seeded by: the id, and for a problem that comes once more in
-    the step its number too. With the id alone it would bring the very same rollouts again."""
-    seen: Counter[str] = Counter()
-    keys = []
-    for problem in problems:
-        keys.append(f"{problem.id} {seen[problem.id]}" if seen[problem.id] else problem.id)
-        seen[problem.id] += 1
-    return keys
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -202,7 +197,7 @@ def refuse_other_settings(path: Path, config: Config) -> None:
     there = json.loads((path / "config.json").read_text())
     asked = json.loads(config.model_dump_json())
     for tree, (section, keys) in product((there, asked), MAY_CHANGE.items()):
-        tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
+        tree[section] = {key: value for key, value in tree.get(section, {}).items() if key not in keys}
     for section in asked:
         if asked[section] != there.get(section):
             raise ValueError(

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cat_grpo.batches import Batch, make_batch, rollout_kl, total_rewards
 from cat_grpo.checkpoints import Checkpoints
-from cat_grpo.config import Config
+from cat_grpo.config import Config, DataConfig
 from cat_grpo.data import load_problems
 from cat_grpo.engines import Engine, Engines, together
 from cat_grpo.engines.hf import HFEngine, load_model_and_tokenizer, resolve_dtype
@@ -29,11 +29,13 @@ from cat_grpo.evaluate import LabelledProblem, evaluate, load_labelled
 from cat_grpo.learner import Learner, NotFiniteError, set_aside
 from cat_grpo.lora import add_adapters, has_adapters
 from cat_grpo.metrics import Metrics, mean, step_metrics
+from cat_grpo.order import Change, ids_of_step, rollout_keys
 from cat_grpo.records import Problem, ScoredGroup
 from cat_grpo.references import estimate_references
+from cat_grpo.reviews import REVIEWS, read_reviews, wrong_problems
 from cat_grpo.rewards import score_groups
 from cat_grpo.rollouts import generate_rollouts, solve_prompt
-from cat_grpo.rundir import RunDir, problems_of_step, rollout_keys
+from cat_grpo.rundir import RunDir
 from cat_grpo.selection import SCORE, alarm, is_best, label_free_score
 from cat_grpo.summaries import Values, summarise_update
 from cat_grpo.sync import HALF_TOLERANCE, TOLERANCE, Probe, check_sync, make_probes, send_weights
@@ -48,7 +50,7 @@ NUM_PROBES = 8
 
 Stage = Callable[..., Awaitable[Any]]
 Wrap = Callable[[Stage], Stage]
-"""What a caller puts around each call of a stage: a Prefect task, a timer, nothing."""
+"""What a caller puts around each stage of a step: a Prefect task, a timer, nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,10 @@ class Loop:
 
     config: Config
     run: RunDir
-    problems: Sequence[Problem]
+    problems: Mapping[str, Problem]
+    """By id."""
+    changes: tuple[Change, ...]
+    """Of the data, from the run's first start on."""
     validation: Sequence[LabelledProblem]
     engines: Engines
     learner: "Learner | Ranks"
@@ -82,9 +87,8 @@ class Loop:
         path = self.run.stage_file(step, "rollouts", shard)
         if path.exists():
             return path
-        train = self.config.train
-        chosen = problems_of_step(self.problems, step, train.problems_per_step, train.seed)
-        part = slice(shard * train.shard_size, (shard + 1) * train.shard_size)
+        chosen, size = self._problems_of(step), self.config.train.shard_size
+        part = slice(shard * size, (shard + 1) * size)
         seeds = [self.run.seed(step, "rollouts", key) for key in rollout_keys(chosen)[part]]
         policy = self._metered("rollouts", self.engines.policy)
         groups = await generate_rollouts(
@@ -182,6 +186,14 @@ class Loop:
         await self.live.close()
         self.learner.close()
 
+    def _problems_of(self, step: int) -> list[Problem]:
+        """ValueError where the data no longer has what a step began with."""
+        train = self.config.train
+        ids = ids_of_step(self.changes, step, train.problems_per_step, train.seed)
+        if gone := [name for name in ids if name not in self.problems]:
+            raise ValueError(f"{self.config.data.path}: {gone[0]}: step {step} began with it, and it is gone")
+        return [self.problems[name] for name in ids]
+
     def _metered(self, stage: str, engine: Engine) -> Engine:
         return self.meters[stage].on(engine)
 
@@ -221,6 +233,7 @@ async def open_loop(config: Config, run_path: Path, secrets: Mapping[str, str] |
     if lora_rank:
         add_adapters(model, lora_rank, config.learner.lora_alpha, config.train.seed)
     run = RunDir.open(run_path, config, problems)
+    changes = run.take_in(_trained_on(problems, config.data, run.path))
     checkpoints = Checkpoints(run.checkpoints)
     live = HFEngine(model, tokenizer, config.model)
     probes = make_probes(
@@ -237,10 +250,32 @@ async def open_loop(config: Config, run_path: Path, secrets: Mapping[str, str] |
             checkpoints.restore(learner)
         engines = await open_roles(config, live, secrets or {})
         undo.push_async_callback(engines.close)
-        loop = Loop(config, run, problems, validation, engines, learner, live, tokenizer, checkpoints, probes)
+        loop = Loop(
+            config,
+            run,
+            {problem.id: problem for problem in problems},
+            changes,
+            validation,
+            engines,
+            learner,
+            live,
+            tokenizer,
+            checkpoints,
+            probes,
+        )
         await loop.sync()
         undo.pop_all()
     return loop
+
+
+def _trained_on(problems: Sequence[Problem], config: DataConfig, run_path: Path) -> list[str]:
+    """The ids of the problems, those left out whose reference was found wrong. ValueError if that is all."""
+    reviews = {None: None, "own": run_path / REVIEWS}.get(config.reviews, Path(config.reviews or ""))
+    wrong = wrong_problems(read_reviews(reviews)) if reviews else set()
+    ids = [problem.id for problem in problems if problem.id not in wrong]
+    if not ids:
+        raise ValueError(f"{reviews}: no problem of {config.path} is left: all were found wrong")
+    return ids
 
 
 def _by_group(scored: Sequence[ScoredGroup], rewards: torch.Tensor, batch: Batch) -> tuple[Values, Values]:
@@ -270,16 +305,38 @@ def _open_learner(model: PreTrainedModel, config: Config) -> "Learner | Ranks":
     return Ranks(model, model_folder(config.model.path), learner, config.rollout.temperature, dtype)
 
 
+def _on_shards(stage: Stage, num_shards: int, done: asyncio.Queue[int], made: asyncio.Queue[int]) -> Stage:
+    """The stage on each shard that the stage before is done with, at once; `made` is for the next stage."""
+
+    async def on_shard(step: int) -> None:
+        shard = await done.get()
+        await stage(step, shard)
+        made.put_nowait(shard)
+
+    async def on_shards(step: int) -> None:
+        await together(on_shard(step) for _ in range(num_shards))
+
+    on_shards.__name__ = stage.__name__
+    return on_shards
+
+
+async def _from_first(stage: Stage, step: int, done: asyncio.Queue[int]) -> None:
+    """Begins with the first shard: who times the stage does not count the wait for it."""
+    done.put_nowait(await done.get())
+    await stage(step)
+
+
 async def train_step(loop: Loop, step: int, wrap: Wrap = lambda stage: stage) -> Metrics:
     """The figure of the paper in code. Every shard walks the stages on its own; the update waits for all."""
-
-    async def walk(shard: int) -> None:
-        await wrap(loop.rollouts)(step, shard)
-        await wrap(loop.references)(step, shard)
-        await wrap(loop.scores)(step, shard)
-
+    stages, num_shards = (loop.rollouts, loop.references, loop.scores), loop.num_shards
+    queues: list[asyncio.Queue[int]] = [asyncio.Queue() for _ in range(len(stages) + 1)]
+    for shard in range(num_shards):
+        queues[0].put_nowait(shard)
     # Where one fails, the others stop before the engines are closed under them.
-    await together(walk(shard) for shard in range(loop.num_shards))
+    await together(
+        _from_first(wrap(_on_shards(stage, num_shards, done, made)), step, done)
+        for stage, done, made in zip(stages, queues, queues[1:], strict=False)
+    )
     metrics = await wrap(loop.update)(step)
     finished = step + 1
     if finished % loop.config.train.checkpoint_every == 0 or finished == loop.config.train.steps:

@@ -5,42 +5,129 @@ Prefect sends every artifact of a run to the browser at once, so each is small b
 
 import base64
 import logging
+import os
 import re
 from collections.abc import Awaitable
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import quote
+from uuid import UUID
 
 import httpx
-from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
+from prefect.artifacts import (
+    acreate_markdown_artifact,
+    acreate_progress_artifact,
+    acreate_table_artifact,
+    aupdate_progress_artifact,
+)
+from prefect.events import emit_event
 from prefect.exceptions import PrefectException
 
-from cat_grpo.report import curves_png, reference_rows, step_markdown
+from cat_grpo.plots import curves_png
+from cat_grpo.report import reference_rows, run_markdown, step_markdown, warnings
+from cat_grpo.reviews import REVIEWS, accuracy, read_reviews
 from cat_grpo.rundir import RunDir
 from cat_grpo.selection import SCORE
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
-async def publish_step(run: RunDir, step: int, alarm: str | None) -> None:
-    """The step's figures and references; the curves too where the step has a checkpoint."""
-    history, scored = run.metrics(), run.read_step(step)
-    key = artifact_key("-".join(run.path.resolve().parts[-2:]))
-    page = step_markdown(history, scored, run.config.train.steps, alarm)
-    await publish(acreate_markdown_artifact(page, f"{key}-step", f"Step {step + 1}"))
-    rows = reference_rows(scored)
-    shown = f"Step {step + 1}: {len(rows)} of {len(scored)} references. In full: {run.step_folder(step)}"
-    await publish(acreate_table_artifact(rows, f"{key}-references", shown))
-    if SCORE in history[-1]:
-        # A page with the image in it: below an image artifact Prefect prints the whole data URI as a link.
-        image = base64.b64encode(curves_png(history)).decode()
-        page = f"![The run's curves](data:image/png;base64,{image})"
-        await publish(acreate_markdown_artifact(page, f"{key}-curves", f"Up to step {step + 1}"))
+INSPECTOR_URL, INSPECTED = "CAT_GRPO_INSPECTOR_URL", "CAT_GRPO_INSPECTED"
+"""Where the inspector is, and the folder of runs that it shows: `cat-grpo serve` tells its runs."""
+ALARM = "cat_grpo.alarm"
+"""The event that automations can wait for."""
 
 
-async def publish(artifact: Awaitable[object]) -> None:
+class Dashboard:
+    """The pages of one run, for as long as a flow trains it."""
+
+    def __init__(self, run: RunDir) -> None:
+        self.run = run
+        self._key = run_key(run.path)
+        self._progress: UUID | None = None
+
+    async def show_step(self, step: int, alarm: str | None) -> None:
+        """The step's figures and references; the curves too where the step has a checkpoint."""
+        history, scored = self.run.metrics(), self.run.read_step(step)
+        link = inspector_link(self.run.path, step)
+        page = step_markdown(history, scored, self.run.config.train.steps, alarm)
+        await publish(
+            acreate_markdown_artifact(
+                f"{link}\n\n{page}" if link else page, f"{self._key}-step", f"Step {step + 1}"
+            )
+        )
+        rows = reference_rows(scored)
+        everything = link or f"In full: {self.run.step_folder(step)}"
+        shown = f"Step {step + 1}: {len(rows)} of {len(scored)} references. {everything}"
+        await publish(acreate_table_artifact(rows, f"{self._key}-references", shown))
+        if SCORE in history[-1]:
+            # A page with the image in it: below an image artifact Prefect prints its whole data URI.
+            image = base64.b64encode(curves_png(history)).decode()
+            page = f"![The run's curves](data:image/png;base64,{image})"
+            await publish(acreate_markdown_artifact(page, f"{self._key}-curves", f"Up to step {step + 1}"))
+        await self._show_progress(step + 1)
+        self._raise_alarms(step, alarm)
+
+    async def show_run(self) -> None:
+        """The report at the end of a flow run."""
+        history = self.run.metrics()
+        if history:
+            said = accuracy(read_reviews(self.run.path / REVIEWS))
+            page = run_markdown(history, self.run.config.train, said)
+            link = inspector_link(self.run.path, len(history) - 1)
+            page = f"{link}\n\n{page}" if link else page
+            await publish(acreate_markdown_artifact(page, f"{self._key}-report", str(self.run.path)))
+
+    async def _show_progress(self, num_done: int) -> None:
+        percent = 100 * num_done / self.run.config.train.steps
+        if self._progress is None:
+            made = acreate_progress_artifact(
+                percent, f"{self._key}-progress", "Steps that are done, in percent"
+            )
+            self._progress = await publish(made)
+        else:
+            await publish(aupdate_progress_artifact(self._progress, percent))
+
+    def _raise_alarms(self, step: int, alarm: str | None) -> None:
+        """Events: why the run stops, and every warning that the step before did not have."""
+        history = self.run.metrics()
+        before = warnings(history[:-1]) if len(history) > 1 else {}
+        new = {about: words for about, words in warnings(history).items() if about not in before}
+        for about, words in {**new, **({"stop": alarm} if alarm else {})}.items():
+            emit_event(
+                ALARM,
+                resource={
+                    "prefect.resource.id": f"cat_grpo.run.{self._key}",
+                    "prefect.resource.name": str(self.run.path),
+                    "cat_grpo.alarm.about": about,
+                },
+                payload={"step": step + 1, "reason": words, "stops": about == "stop"},
+            )
+
+
+async def publish(artifact: Awaitable[T]) -> T | None:
     """A server that hiccups costs a page and not the training: the run directory has what the page shows."""
     try:
-        await artifact
+        return await artifact
     except (httpx.HTTPError, PrefectException) as error:
         log.warning("an artifact could not be published: %s: %s", type(error).__name__, error)
+        return None
+
+
+def inspector_link(run_path: Path, step: int) -> str:
+    """Markdown that leads to the step's page; empty where no inspector is known to show the run."""
+    url, inspected = os.environ.get(INSPECTOR_URL), os.environ.get(INSPECTED)
+    path = run_path.resolve()
+    if not url or not inspected or not path.is_relative_to(Path(inspected).resolve()):
+        return ""
+    name = quote(path.relative_to(Path(inspected).resolve()).as_posix())
+    return f"[Every group of this step in the inspector]({url.rstrip('/')}/run/{name}/step/{step})"
+
+
+def run_key(path: Path) -> str:
+    """Of a run's last two folders."""
+    return artifact_key("-".join(path.resolve().parts[-2:]))
 
 
 def artifact_key(name: str) -> str:

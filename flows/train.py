@@ -1,16 +1,17 @@
-"""Training as one flow run: a task per stage and shard, a page of the dashboard per step."""
+"""Training as one flow run: a task per stage of a step, a page of the dashboard per step."""
 
-import inspect
 import logging
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from cat_grpo.config import Config
+from cat_grpo.config import BudgetConfig, Config
 from cat_grpo.selection import alarm
 from cat_grpo.step import Loop, Stage, open_loop, train_step
-from flows.artifacts import publish_step
+from flows.artifacts import Dashboard
 from flows.secrets import read_secrets
 
 log = logging.getLogger(__name__)
@@ -19,9 +20,10 @@ log = logging.getLogger(__name__)
 @flow(name="train", flow_run_name="{run_dir}")
 async def train(config: Config, run_dir: str) -> str:
     """Train in a run directory, from its latest checkpoint on. Returns the folder of the best checkpoint."""
+    started = time.monotonic()
     loop = await open_loop(config, Path(run_dir), await read_secrets(config))
     try:
-        await _train_on(loop)
+        await _train_on(loop, started)
     finally:
         await loop.close()
     best = loop.run.checkpoints / "best"
@@ -29,18 +31,31 @@ async def train(config: Config, run_dir: str) -> str:
 
 
 def as_task(stage: Stage) -> Stage:
-    """The stage as a task `rollouts-000012-00`: step, then shard where the stage has one.
+    """The stage as a task `rollouts-000012`: five a step, however many its groups are.
 
     No retries: an exception of ours comes again. Nothing is cached or kept: the run directory holds it all.
     """
     name = stage.__name__ + "-{step:06d}"
-    if "shard" in inspect.signature(stage).parameters:
-        name += "-{shard:02d}"
     return task(name=stage.__name__, task_run_name=name, cache_policy=NO_CACHE, persist_result=False)(stage)
 
 
-async def _train_on(loop: Loop) -> None:
-    settings = loop.config.train
+def spent(budget: BudgetConfig, seconds: Sequence[float], elapsed: float, num_problems: int) -> str | None:
+    """What of the budget holds no other step, after steps of so many seconds each; None where one fits.
+
+    `elapsed` are the seconds since the start, `num_problems` those that a step takes.
+    """
+    if budget.steps and len(seconds) >= budget.steps:
+        return f"{budget.steps} steps"
+    if budget.problems and (len(seconds) + 1) * num_problems > budget.problems:
+        return f"{budget.problems} problems"
+    if budget.minutes and elapsed + max(seconds) > 60 * budget.minutes:
+        return f"{budget.minutes:g} minutes"
+    return None
+
+
+async def _train_on(loop: Loop, started: float) -> None:
+    """Steps, until the last, an alarm or the end of the budget."""
+    settings, dashboard = loop.config.train, Dashboard(loop.run)
     # Steps behind no checkpoint are done again, and their alarms are raised again.
     history = loop.run.metrics()[: loop.next_step]
     if history and (reason := alarm(history, settings)):
@@ -48,12 +63,16 @@ async def _train_on(loop: Loop) -> None:
         return
     if len(history) >= settings.steps:
         log.info("%s has all its %d steps", loop.run.path, settings.steps)
+    seconds: list[float] = []
     for step in range(loop.next_step, settings.steps):
+        begun = time.monotonic()
         metrics = await train_step(loop, step, wrap=as_task)
+        seconds.append(time.monotonic() - begun)
         reason = alarm(loop.run.metrics(), settings)
-        if reason and loop.next_step != step + 1:
+        limit = spent(loop.config.budget, seconds, time.monotonic() - started, settings.problems_per_step)
+        if (reason or limit) and loop.next_step != step + 1:
             await as_task(loop.checkpoint)(step)
-        await publish_step(loop.run, step, reason)
+        await dashboard.show_step(step, reason)
         log.info(
             "step %d of %d: reward %.3f",
             step + 1,
@@ -63,4 +82,8 @@ async def _train_on(loop: Loop) -> None:
         )
         if reason:
             log.warning("%s stops after step %d: %s", loop.run.path, step + 1, reason)
-            return
+        elif limit:
+            log.info("%s pauses after step %d: its budget of %s is spent", loop.run.path, step + 1, limit)
+        if reason or limit:
+            break
+    await dashboard.show_run()

@@ -21,15 +21,17 @@ from prefect.testing.utilities import prefect_test_harness
 
 import cat_grpo.step
 import flows.artifacts
-from cat_grpo.config import Config, ModelConfig, ServerConfig
+from cat_grpo.config import BudgetConfig, Config, ModelConfig, ServerConfig
+from cat_grpo.order import Change, read_changes
 from cat_grpo.presets import load_config
+from cat_grpo.reviews import REVIEWS, Review, append_review, now
 from cat_grpo.rundir import RunDir
-from flows.artifacts import artifact_key
+from flows.artifacts import artifact_key, inspector_link
 from flows.demo import make_room
 from flows.evaluate import evaluate
 from flows.secrets import read_secrets
 from flows.synthesize import synthesize
-from flows.train import train
+from flows.train import spent, train
 
 Tiny = Callable[..., Config]
 
@@ -77,14 +79,14 @@ async def test_a_training_run(tiny: Tiny, tmp_path: Path):
     state = await train(tiny(), str(folder), return_state=True)
     assert await state.result() == str(folder / "checkpoints" / "best")
 
-    seen = await run_of(state, num_tasks=15)
-    shards = [f"{stage}-{step:06d}-{i:02d}" for step in (0, 1) for i in (0, 1) for stage in STAGES]
-    rest = ["update-000000", "update-000001", "checkpoint-000001"]
-    assert sorted(seen["tasks"]) == sorted([*shards, *rest])
+    seen = await run_of(state, num_tasks=9)
+    stages = [f"{stage}-{step:06d}" for step in (0, 1) for stage in (*STAGES, "update")]
+    assert sorted(seen["tasks"]) == sorted([*stages, "checkpoint-000001"])
     assert set(seen["tasks"].values()) == {"Completed"}
 
     keys = sorted(artifact.key for artifact in seen["artifacts"])
-    assert keys == ["my-runs-first-curves"] + 2 * ["my-runs-first-references"] + 2 * ["my-runs-first-step"]
+    once, twice = ("curves", "progress", "report"), ("references", "step")
+    assert keys == sorted(f"my-runs-first-{name}" for name in (*once, *twice, *twice))
     assert all(len(json.dumps(artifact.data)) < 50_000 for artifact in seen["artifacts"])
     tables = [json.loads(a.data) for a in seen["artifacts"] if a.type == "table"]
     written = RunDir(folder).read_step(1)
@@ -121,7 +123,7 @@ async def test_a_failing_stage_fails_the_run_and_leaves_nothing_half_made(
     state = await train(tiny(), str(tmp_path / "run"), return_state=True)
     assert state.is_failed()
     assert state.message and state.message.endswith("ArithmeticError: the loss is nan")
-    seen = await run_of(state, num_tasks=5)
+    seen = await run_of(state, num_tasks=3)
     assert "Failed" in seen["tasks"].values()
     assert "update-000000" not in seen["tasks"]
     assert not list((tmp_path / "run").rglob("scores-*"))
@@ -227,3 +229,92 @@ async def test_a_block_that_is_not_there_is_one_line():
     config = Config(judge=ModelConfig(path="m", engine="openai", server=server))
     with pytest.raises(ValueError, match=r"server\.api_key: prefect:no-such-block: there is no such"):
         await read_secrets(config)
+
+
+@pytest.mark.parametrize(
+    ("budget", "seconds", "elapsed", "limit"),
+    [
+        ({}, [9.0] * 99, 1e6, None),
+        ({"steps": 2}, [9.0], 9.0, None),
+        ({"steps": 2}, [9.0, 9.0], 18.0, "2 steps"),
+        ({"problems": 12}, [9.0, 9.0], 18.0, None),  # four a step: a third fits
+        ({"problems": 11}, [9.0, 9.0], 18.0, "11 problems"),
+        ({"problems": 1}, [9.0], 9.0, "1 problems"),  # one step always is
+        ({"minutes": 1.0}, [20.0, 10.0], 40.0, None),  # ten to open the models; 40 + 20 is not later than 60
+        ({"minutes": 1.0}, [20.0, 10.0], 40.5, "1 minutes"),
+    ],
+)
+def test_a_budget_ends_ahead_of_the_step_that_it_cannot_hold(budget, seconds, elapsed, limit):
+    assert spent(BudgetConfig(**budget), seconds, elapsed, num_problems=4) == limit
+
+
+async def test_starts_with_budgets_make_the_run_that_one_start_makes(tiny: Tiny, tmp_path: Path):
+    whole = tiny("train.steps=3")
+    await train(whole, str(tmp_path / "whole"))
+    for num_done in (1, 2, 3):
+        await train(tiny("train.steps=3", "budget.steps=1"), str(tmp_path / "parts"))
+        assert (tmp_path / "parts" / "checkpoints" / "latest").resolve().name == f"{num_done:06d}"
+    weights = [
+        (tmp_path / run / "checkpoints" / "latest" / "model.safetensors").read_bytes()
+        for run in ("whole", "parts")
+    ]
+    assert weights[0] == weights[1]
+
+
+async def test_each_start_takes_the_problems_that_came(tiny: Tiny, tmp_path: Path):
+    folder = tmp_path / "problems"
+    folder.mkdir()
+
+    def add(name: str, first: int, num: int) -> None:
+        rows = [
+            {"id": f"{name}{n}", "kind": "verifiable", "prompt": f"Add each pair: {n} + 1."}
+            for n in range(first, first + num)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    config = tiny(f"data.path={json.dumps(str(folder))}", "train.steps=9", "budget.problems=4")
+    taken: list[set[str]] = []
+    for name in ("monday", "tuesday"):
+        add(name, 10, 4)
+        await train(config, str(tmp_path / "run"))
+        run = RunDir(tmp_path / "run")
+        taken.append({group.group.problem.id for group in run.read_step(len(run.metrics()) - 1)})
+    assert taken == [{f"{name}{n}" for n in range(10, 14)} for name in ("monday", "tuesday")]
+
+
+async def test_what_was_found_wrong_is_left_out(tiny: Tiny, tmp_path: Path):
+    folder = tmp_path / "run"
+    await train(tiny("train.steps=9", "budget.steps=1"), str(folder))
+    [wrong, *_] = RunDir(folder).read_step(0)
+    append_review(folder / REVIEWS, Review(now(), "Ada", 0, 0, wrong.group.problem.id, "wrong"))
+    await train(tiny("train.steps=9", "budget.steps=1", "data.reviews=own"), str(folder))
+    assert read_changes(folder / "changes.jsonl")[1:] == (Change(1, (), (wrong.group.problem.id,)),)
+
+
+async def test_alarms_are_events(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    told: list[tuple[str, dict, dict]] = []
+    monkeypatch.setattr(
+        flows.artifacts,
+        "emit_event",
+        lambda event, resource, payload: told.append((event, resource, payload)),
+    )
+    await train(tiny("reference.max_tokens=1", "train.steps=3"), str(tmp_path / "run"))
+    assert {event for event, _, _ in told} == {"cat_grpo.alarm"}
+    by_subject = {resource["cat_grpo.alarm.about"]: payload for _, resource, payload in told}
+    assert by_subject["stop"] == {
+        "step": 1,
+        "reason": "100% of the last step's rollouts have no reward",
+        "stops": True,
+    }
+    assert by_subject["reward/dropped_frac"]["stops"] is False
+
+
+@pytest.mark.parametrize(("inspected", "linked"), [("runs", True), ("elsewhere", False)])
+def test_pages_lead_to_the_inspector_where_it_shows_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inspected: str, linked: bool
+):
+    monkeypatch.setenv("CAT_GRPO_INSPECTOR_URL", "http://127.0.0.1:4280/")
+    monkeypatch.setenv("CAT_GRPO_INSPECTED", str(tmp_path / inspected))
+    link = inspector_link(tmp_path / "runs" / "my run", 12)
+    assert ("(http://127.0.0.1:4280/run/my%20run/step/12)" in link) is linked
+    assert bool(link) is linked

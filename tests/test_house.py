@@ -24,7 +24,7 @@ ROOMS = {
     "defusedxml": {"rubrics"},
     "jinja2": {"prompts"},
     "math_verify": {"answers"},
-    "matplotlib": {"report"},
+    "matplotlib": {"plots"},
     "openai": {"engines.pool"},
     "peft": {"lora"},
     "ray": {"ranks"},

@@ -1,13 +1,11 @@
 """What a person reads of a run: whole, in bounds, and never rewritten by the texts that it shows."""
 
-import io
 import json
-import random
 from typing import Any
 
 import pytest
-from PIL import Image
 
+from cat_grpo.config import TrainConfig
 from cat_grpo.records import (
     Completion,
     Group,
@@ -20,19 +18,18 @@ from cat_grpo.records import (
 )
 from cat_grpo.report import (
     MAX_BYTES,
-    MAX_PNG_BYTES,
     MAX_ROLLOUTS,
     MAX_ROWS,
-    PANELS,
-    curves_png,
     figures_table,
     group_markdown,
     reference_rows,
+    run_markdown,
     step_markdown,
     summary_table,
     table_rows,
     warnings,
 )
+from cat_grpo.reviews import Accuracy
 
 HISTORY = [
     {"step": 0.0, "reward/mean": 0.25, "consensus/majority_frac": 0.5, "policy/entropy": 2.0},
@@ -92,7 +89,7 @@ def test_a_validation_has_its_standard_error():
 
 
 def test_alarms_come_first():
-    page = step_markdown(HISTORY, [scored_group()], num_steps=10, alarm="nothing is left to reconcile")
+    page = step_markdown(HISTORY, [scored_group()], num_steps=10, stopped="nothing is left to reconcile")
     assert page.index("nothing is left to reconcile") < page.index("Reward **0.75**")
 
 
@@ -105,14 +102,17 @@ def test_alarms_come_first():
     ],
 )
 def test_warnings_by_hand(late: dict[str, float], words: str):
-    assert words in warnings([HISTORY[0], late])[0]
-    assert warnings(HISTORY) == []
+    [told] = warnings([HISTORY[0], late]).values()
+    assert words in told
+    assert warnings(HISTORY) == {}
 
 
 def test_a_checkpoint_below_the_best_is_a_warning_and_an_equal_one_is_not():
     best, equal, worse = ({"selection/score": score} for score in (0.7, 0.7, 0.6))
-    assert warnings([best, equal]) == []
-    assert warnings([best, equal, worse]) == ["the last checkpoint scores 0.600, that of step 1 0.700"]
+    assert warnings([best, equal]) == {}
+    assert [*warnings([best, equal, worse]).values()] == [
+        "the last checkpoint scores 0.600, that of step 1 0.700"
+    ]
 
 
 def test_a_reference_stands_beside_its_rollouts():
@@ -191,14 +191,12 @@ def test_a_summary_is_a_row_per_family_and_figure():
     assert rows == ["| verifiable | pass@1 | 0.250 ± 0.010 | 0.750 ± 0.020 |"]
 
 
-@pytest.mark.parametrize("num_steps", [1, 20, 1000])
-def test_curves_are_a_small_image(num_steps: int):
-    rng = random.Random(0)
-    names = [name for curves in PANELS.values() for name in curves.values()]
-    png = curves_png([{name: rng.gauss(0, 1) for name in names} for _ in range(num_steps)])
-    assert Image.open(io.BytesIO(png)).format == "PNG"
-    assert len(png) <= MAX_PNG_BYTES
-
-
-def test_curves_of_nothing_are_an_image_too():
-    assert curves_png([{"step": 0.0}])
+def test_the_report_of_a_run_has_its_ends_its_checkpoints_and_what_people_say():
+    steps = [{"reward/mean": i / 20} for i in range(20)]
+    history = [steps[0] | {"selection/score": 0.5}, *steps[1:]]
+    page = run_markdown(history, TrainConfig(steps=30), Accuracy(right=3, wrong=1, unsure=2))
+    assert page.startswith("# 20 of 30 steps")
+    assert "| reward/mean | 0.225 | 0.725 |" in page  # the means of 0..9 and of 10..19, in twentieths
+    assert "| 1 | 0.500 |" in page
+    assert "People found **3 of 4** reviewed references right." in page
+    assert "People" not in run_markdown(history, TrainConfig(steps=30), Accuracy(0, 0, 1))

@@ -76,7 +76,7 @@ def history(run: Path, without: tuple[str, ...] = ("time/", "engine/")) -> list[
 
 def stage_files(run: Path) -> dict[Path, int]:
     """When each stage's file was written."""
-    return {path: path.stat().st_mtime_ns for path in run.glob("steps/*/*.parquet")}
+    return {path: path.stat().st_mtime_ns for path in run.glob("steps/*/*-*.parquet")}
 
 
 def kill_when(condition: Callable[[], bool], command: Sequence[str], log: Path) -> None:
@@ -122,7 +122,8 @@ def test_a_run_leaves_a_line_and_whole_stages_a_step(uninterrupted: Path):
     assert any(line["policy/loss"] != 0.0 and line["policy/kl"] != 0.0 for line in lines)
     with_checkpoint = [line["step"] for line in lines if "selection/score" in line]
     assert with_checkpoint == [1, 3, 5, 6]  # after every second step, and after the last
-    expected = {f"{stage}-{shard:02d}.parquet" for stage in STAGES for shard in range(NUM_SHARDS)}
+    shards = {f"{stage}-{shard:02d}.parquet" for stage in STAGES for shard in range(NUM_SHARDS)}
+    expected = shards | {"groups.parquet"}
     for step in range(STEPS):
         assert {path.name for path in (uninterrupted / f"steps/{step:06d}").iterdir()} == expected
 

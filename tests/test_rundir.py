@@ -1,4 +1,4 @@
-"""The run directory: seeds, the order of the problems, whole files, and what a resumed run may not change."""
+"""The run directory: seeds, whole files, and what a resumed run may not change."""
 
 import hashlib
 import itertools
@@ -11,7 +11,7 @@ from cat_grpo.config import Config
 from cat_grpo.presets import load_config
 from cat_grpo.prompts import prompt_hashes
 from cat_grpo.records import Completion, Group, Problem, Reference, RolloutScore, ScoredGroup
-from cat_grpo.rundir import RunDir, problems_of_step, rollout_keys, seed_of, write_whole
+from cat_grpo.rundir import RunDir, seed_of, write_whole
 
 
 def problems(n: int) -> list[Problem]:
@@ -60,40 +60,6 @@ def test_a_seed_is_the_same_on_every_machine():
 def test_a_run_seeds_by_its_own_seed(tmp_path):
     run = opened(tmp_path / "a", "train.seed=5")
     assert run.seed(1, "rollouts", "p") == seed_of(5, 1, "rollouts", "p")
-
-
-def test_a_problem_that_comes_again_in_a_step_is_seeded_anew():
-    a, b, c = problems(3)
-    assert rollout_keys([a, b, a, c, a, b]) == ["p0", "p1", "p0 1", "p2", "p0 2", "p1 1"]
-
-
-# The order of the problems
-
-
-@pytest.mark.parametrize(("num_problems", "per_step"), [(12, 4), (10, 4), (7, 7), (5, 1), (3, 8), (1, 3)])
-def test_each_epoch_has_each_problem_once(num_problems, per_step):
-    data = problems(num_problems)
-    steps = [problems_of_step(data, step, per_step, seed=0) for step in range(3 * num_problems)]
-    assert all(len(step) == per_step for step in steps)
-    drawn = ids(list(itertools.chain(*steps)))
-    epochs = [drawn[i : i + num_problems] for i in range(0, len(drawn), num_problems)]
-    assert all(sorted(epoch) == sorted(ids(data)) for epoch in epochs)
-
-
-def test_steps_and_epochs_and_seeds_have_orders_of_their_own():
-    data = problems(40)
-    first, second, next_epoch = (ids(problems_of_step(data, step, 20, seed=0)) for step in (0, 1, 2))
-    assert not set(first) & set(second)
-    assert first != next_epoch
-    assert first != ids(problems_of_step(data, 0, 20, seed=1))
-    assert first != ids(data)[:20]
-
-
-def test_a_step_does_not_depend_on_the_steps_before_it():
-    data = problems(10)
-    forwards = [ids(problems_of_step(data, step, 4, seed=3)) for step in range(8)]
-    backwards = [ids(problems_of_step(data, step, 4, seed=3)) for step in reversed(range(8))]
-    assert forwards == backwards[::-1]
 
 
 # Files

@@ -1,0 +1,106 @@
+"""Which problems a step takes: a function of the run's seed, the step, and how the data has changed so far.
+
+Data may grow and shrink between one start of a run and the next. What came and what left is written down with
+the first step that it counts for; steps that were begun keep the problems that they began with.
+"""
+
+import json
+import random
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from cat_grpo.records import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What came into the data and what left it, ids of problems, ahead of a step."""
+
+    step: int
+    came: tuple[str, ...]
+    left: tuple[str, ...] = ()
+
+
+def changes_with(changes: Sequence[Change], ids: Sequence[str], step: int) -> tuple[Change, ...]:
+    """The changes, and from `step` on whatever makes `ids` of them."""
+    present = _present(changes)
+    came = tuple(name for name in ids if name not in present)
+    wanted = set(ids)
+    left = tuple(name for name in present if name not in wanted)
+    return (*changes, Change(step, came, left)) if came or left else tuple(changes)
+
+
+@lru_cache(maxsize=1)  # the shards of a step all ask
+def ids_of_step(changes: tuple[Change, ...], step: int, num_problems: int, seed: int) -> list[str]:
+    """The ids of a step's problems: epochs of the whole data one after another, each in an order of its own.
+
+    What comes amid an epoch is taken at its end.
+    """
+    drawn = _draw(changes, num_problems, seed)
+    return next(ids for at, ids in enumerate(drawn) if at == step)
+
+
+def _draw(changes: Sequence[Change], num_problems: int, seed: int) -> Iterator[list[str]]:
+    """The ids of each step, from step 0 on."""
+    coming = deque(enumerate(changes))
+    known: list[str] = []
+    queue: deque[str] = deque()
+    """What is left of the epoch."""
+    epoch = step = 0
+    while True:
+        while coming and coming[0][1].step == step:
+            n, change = coming.popleft()
+            left = set(change.left)
+            known = [*(name for name in known if name not in left), *change.came]
+            queue = deque(name for name in queue if name not in left)
+            queue.extend(_shuffled(change.came, f"{seed} change {n}" if n else f"{seed} epoch 0"))
+        taken: list[str] = []
+        while len(taken) < num_problems:
+            if not queue:
+                epoch += 1
+                queue.extend(_shuffled(known, f"{seed} epoch {epoch}"))
+            taken.append(queue.popleft())
+        yield taken
+        step += 1
+
+
+def _shuffled(ids: Sequence[str], seed: str) -> list[str]:
+    return random.Random(seed).sample(ids, len(ids))
+
+
+def rollout_keys(problems: Sequence[Problem]) -> list[str]:
+    """What the rollouts of a step's problems are seeded by: the id, and for a problem that comes once more in
+    the step its number too. With the id alone it would bring the very same rollouts again."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for problem in problems:
+        keys.append(f"{problem.id} {seen[problem.id]}" if seen[problem.id] else problem.id)
+        seen[problem.id] += 1
+    return keys
+
+
+def change_lines(changes: Iterable[Change]) -> str:
+    return "".join(
+        json.dumps({"step": change.step, "came": change.came, "left": change.left}) + "\n"
+        for change in changes
+    )
+
+
+def read_changes(path: Path) -> tuple[Change, ...]:
+    """None where there is no file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    told = map(json.loads, lines)
+    return tuple(Change(one["step"], tuple(one["came"]), tuple(one["left"])) for one in told)
+
+
+def _present(changes: Sequence[Change]) -> dict[str, None]:
+    """In the order of coming."""
+    present: dict[str, None] = {}
+    for change in changes:
+        for name in change.left:
+            del present[name]
+        present |= dict.fromkeys(change.came)
+    return present
