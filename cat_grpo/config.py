@@ -253,6 +253,9 @@ class TrainConfig(Section):
     """A labelled file: the best checkpoint is then chosen by its score, else by label-free signals."""
     validation_limit: int = Field(default=200, ge=1)
     """Most problems of the validation file that each validation asks."""
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
+    """Where the figures of every step go besides the run's metrics.jsonl; by that library's own settings and
+    environment variables."""
     patience: int | None = Field(default=None, ge=1)
     """Stop when this many checkpoints in a row were no better than the best. None: never."""
     max_consensus: float | None = Field(default=0.98, gt=0.0, le=1.0)

@@ -42,7 +42,15 @@ Metrics = dict[str, float]
 
 VERSIONS_OF = ("cat-grpo", "torch", "transformers", "datasets", "prefect")
 MAY_CHANGE = {
-    "train": {"steps", "checkpoint_every", "validation", "validation_limit", "patience", "max_consensus"},
+    "train": {
+        "steps",
+        "checkpoint_every",
+        "validation",
+        "validation_limit",
+        "patience",
+        "max_consensus",
+        "tracker",
+    },
     "learner": {"micro_batch_tokens", "gradient_checkpointing"},
     "model": {"max_batch_tokens", "vllm", "server"},
     "data": {"reviews"},

@@ -39,6 +39,7 @@ from cat_grpo.rundir import RunDir
 from cat_grpo.selection import SCORE, alarm, is_best, label_free_score
 from cat_grpo.summaries import Values, summarise_update
 from cat_grpo.sync import HALF_TOLERANCE, TOLERANCE, Probe, check_sync, make_probes, send_weights
+from cat_grpo.trackers import Tracker, open_tracker
 
 if TYPE_CHECKING:
     from cat_grpo.ranks import Ranks
@@ -71,6 +72,7 @@ class Loop:
     tokenizer: PreTrainedTokenizerBase
     checkpoints: Checkpoints
     probes: Sequence[Probe]
+    tracker: Tracker
     meters: Mapping[str, Meter] = field(default_factory=lambda: {stage: Meter() for stage in STAGES})
 
     @property
@@ -182,6 +184,7 @@ class Loop:
         return self.checkpoints.save(step + 1, self.learner, self.tokenizer, card, best)
 
     async def close(self) -> None:
+        self.tracker.close()
         await self.engines.close()
         await self.live.close()
         self.learner.close()
@@ -248,6 +251,10 @@ async def open_loop(config: Config, run_path: Path, secrets: Mapping[str, str] |
         undo.callback(learner.close)
         if checkpoints.latest_step():
             checkpoints.restore(learner)
+        tracker = open_tracker(
+            config.train.tracker, run.path, config.model_dump(mode="json"), checkpoints.latest_step()
+        )
+        undo.callback(tracker.close)
         engines = await open_roles(config, live, secrets or {})
         undo.push_async_callback(engines.close)
         loop = Loop(
@@ -262,6 +269,7 @@ async def open_loop(config: Config, run_path: Path, secrets: Mapping[str, str] |
             tokenizer,
             checkpoints,
             probes,
+            tracker,
         )
         await loop.sync()
         undo.pop_all()
@@ -341,4 +349,5 @@ async def train_step(loop: Loop, step: int, wrap: Wrap = lambda stage: stage) ->
     finished = step + 1
     if finished % loop.config.train.checkpoint_every == 0 or finished == loop.config.train.steps:
         await wrap(loop.checkpoint)(step)
+    loop.tracker.log(loop.run.metrics()[-1], finished)
     return metrics

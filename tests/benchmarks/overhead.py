@@ -1,0 +1,131 @@
+"""What Prefect costs a step of the lab: the flow, with its tasks, pages and events, beside the bare loop.
+
+Both train the same run, seed and all, a chunk of steps at a time in turn; the server is a process of its own, as
+`cat-grpo serve` starts it. The share is that of the medians of a step's seconds.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+STEPS = 8
+
+
+@contextmanager
+def server(home: Path) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    command = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)]
+    with (home / "server.log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            address = f"http://127.0.0.1:{port}/api"
+            for _ in range(600):
+                try:
+                    urllib.request.urlopen(f"{address}/health")
+                    break
+                except OSError:
+                    time.sleep(0.2)
+            yield address
+        finally:
+            process.terminate()
+            process.wait()
+
+
+class Clock(logging.Handler):
+    """The seconds of each step but the first of a start, which opens the server's doors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+        self.last: float | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not hasattr(record, "progress"):
+            return
+        now = time.monotonic()
+        if self.last is not None:
+            self.seconds.append(now - self.last)
+        self.last = now
+
+
+async def bare(overrides: list[str], run: Path) -> list[float]:
+    from cat_grpo.presets import load_config
+    from cat_grpo.selection import alarm
+    from cat_grpo.step import open_loop, train_step
+
+    loop = await open_loop(load_config("lab-verifiable", None, overrides), run)
+    seconds = []
+    for step in range(loop.next_step, loop.config.train.steps):
+        started = time.monotonic()
+        await train_step(loop, step)
+        alarm(loop.run.metrics(), loop.config.train)
+        seconds.append(time.monotonic() - started)
+    await loop.close()
+    return seconds[1:]
+
+
+async def orchestrated(overrides: list[str], run: Path) -> list[float]:
+    from cat_grpo.presets import load_config
+    from flows.train import train
+
+    clock = Clock()
+    logging.getLogger("flows").addHandler(clock)
+    await train(load_config("lab-verifiable", None, overrides), str(run))
+    logging.getLogger("flows").removeHandler(clock)
+    return clock.seconds
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    ways = {"bare": bare, "orchestrated": orchestrated}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as address:
+        os.environ |= {"PREFECT_API_URL": address, "PREFECT_HOME": folder}
+        for done in range(rounds):
+            overrides = [f"train.steps={STEPS * (done + 1)}"]
+            for name, way in ways.items():
+                seconds[name] += asyncio.run(way(overrides, Path(folder) / "runs" / name))
+        figures = [
+            [json.loads(line)["reward/mean"] for line in path.read_text().splitlines()]
+            for path in (Path(folder) / "runs" / name / "metrics.jsonl" for name in ways)
+        ]
+        assert figures[0] == figures[1]
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    means = {name: statistics.fmean(times) for name, times in seconds.items()}
+    return {
+        "seconds": seconds,
+        "median": medians,
+        "mean": means,
+        "share": 1 - medians["bare"] / medians["orchestrated"],
+        "share of the means": 1 - means["bare"] / means["orchestrated"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    figures = measure(arguments.rounds)
+    print(json.dumps(figures, indent=2))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
