@@ -1,4 +1,7 @@
-"""A run's figures in the tracker that its user has, by that tracker's own library. metrics.jsonl has them all."""
+"""A run's figures in the tracker that its user has, by that tracker's own library.
+
+They are in metrics.jsonl all the same.
+"""
 
 import hashlib
 from collections.abc import Callable, Mapping

@@ -1,7 +1,7 @@
 """What Prefect costs a step of the lab: the flow, with its tasks, pages and events, beside the bare loop.
 
-Both train the same run, seed and all, a chunk of steps at a time in turn; the server is a process of its own, as
-`cat-grpo serve` starts it. The share is that of the medians of a step's seconds.
+Both train the same run, seed and all, a chunk of steps at a time in turn; the server is a process of its
+own, as `cat-grpo serve` starts it. The share is that of the medians of a step's seconds.
 """
 
 import argparse
