@@ -3,11 +3,12 @@
 Prefect sends every artifact of a run to the browser at once, so each is small by construction.
 """
 
+import asyncio
 import base64
 import logging
 import os
 import re
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
@@ -23,6 +24,7 @@ from prefect.artifacts import (
 from prefect.events import emit_event
 from prefect.exceptions import PrefectException
 
+from cat_grpo.metrics import Metrics
 from cat_grpo.plots import curves_png
 from cat_grpo.report import reference_rows, run_markdown, step_markdown, warnings
 from cat_grpo.reviews import REVIEWS, accuracy, read_reviews
@@ -40,43 +42,54 @@ ALARM = "cat_grpo.alarm"
 
 
 class Dashboard:
-    """The pages of one run, for as long as a flow trains it."""
+    """The pages of one run, for as long as a flow trains it. They are made while the next step is sampled."""
 
     def __init__(self, run: RunDir) -> None:
         self.run = run
         self._key = run_key(run.path)
         self._progress: UUID | None = None
+        self._showing: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> "Dashboard":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._shown()
 
     async def show_step(self, step: int, alarm: str | None) -> None:
         """The step's figures and references; the curves too where the step has a checkpoint."""
-        history, scored = self.run.metrics(), self.run.read_step(step)
+        await self._shown()
+        self._showing = asyncio.create_task(self._show_step(step, self.run.metrics(), alarm))
+
+    async def _shown(self) -> None:
+        if self._showing:
+            await self._showing
+
+    async def _show_step(self, step: int, history: Sequence[Metrics], alarm: str | None) -> None:
+        self._raise_alarms(history, alarm)
+        scored = await asyncio.to_thread(self.run.read_step, step)
         link = inspector_link(self.run.path, step)
-        page = step_markdown(history, scored, self.run.config.train.steps, alarm)
-        await publish(
-            acreate_markdown_artifact(
-                f"{link}\n\n{page}" if link else page, f"{self._key}-step", f"Step {step + 1}"
-            )
-        )
+        page = _headed(link, step_markdown(history, scored, self.run.config.train.steps, alarm))
+        await publish(acreate_markdown_artifact(page, f"{self._key}-step", f"Step {step + 1}"))
         rows = reference_rows(scored)
         everything = link or f"In full: {self.run.step_folder(step)}"
         shown = f"Step {step + 1}: {len(rows)} of {len(scored)} references. {everything}"
         await publish(acreate_table_artifact(rows, f"{self._key}-references", shown))
         if SCORE in history[-1]:
             # A page with the image in it: below an image artifact Prefect prints its whole data URI.
-            image = base64.b64encode(curves_png(history)).decode()
+            image = base64.b64encode(await asyncio.to_thread(curves_png, history)).decode()
             page = f"![The run's curves](data:image/png;base64,{image})"
             await publish(acreate_markdown_artifact(page, f"{self._key}-curves", f"Up to step {step + 1}"))
         await self._show_progress(step + 1)
-        self._raise_alarms(step, alarm)
 
     async def show_run(self) -> None:
         """The report at the end of a flow run."""
+        await self._shown()
         history = self.run.metrics()
         if history:
             said = accuracy(read_reviews(self.run.path / REVIEWS))
             page = run_markdown(history, self.run.config.train, said)
-            link = inspector_link(self.run.path, len(history) - 1)
-            page = f"{link}\n\n{page}" if link else page
+            page = _headed(inspector_link(self.run.path, len(history) - 1), page)
             await publish(acreate_markdown_artifact(page, f"{self._key}-report", str(self.run.path)))
 
     async def _show_progress(self, num_done: int) -> None:
@@ -89,9 +102,8 @@ class Dashboard:
         else:
             await publish(aupdate_progress_artifact(self._progress, percent))
 
-    def _raise_alarms(self, step: int, alarm: str | None) -> None:
+    def _raise_alarms(self, history: Sequence[Metrics], alarm: str | None) -> None:
         """Events: why the run stops, and every warning that the step before did not have."""
-        history = self.run.metrics()
         before = warnings(history[:-1]) if len(history) > 1 else {}
         new = {about: words for about, words in warnings(history).items() if about not in before}
         for about, words in {**new, **({"stop": alarm} if alarm else {})}.items():
@@ -102,7 +114,7 @@ class Dashboard:
                     "prefect.resource.name": str(self.run.path),
                     "cat_grpo.alarm.about": about,
                 },
-                payload={"step": step + 1, "reason": words, "stops": about == "stop"},
+                payload={"step": len(history), "reason": words, "stops": about == "stop"},
             )
 
 
@@ -113,6 +125,10 @@ async def publish(artifact: Awaitable[T]) -> T | None:
     except (httpx.HTTPError, PrefectException) as error:
         log.warning("an artifact could not be published: %s: %s", type(error).__name__, error)
         return None
+
+
+def _headed(link: str, page: str) -> str:
+    return f"{link}\n\n{page}" if link else page
 
 
 def inspector_link(run_path: Path, step: int) -> str:

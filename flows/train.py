@@ -55,7 +55,7 @@ def spent(budget: BudgetConfig, seconds: Sequence[float], elapsed: float, num_pr
 
 async def _train_on(loop: Loop, started: float) -> None:
     """Steps, until the last, an alarm or the end of the budget."""
-    settings, dashboard = loop.config.train, Dashboard(loop.run)
+    settings = loop.config.train
     # Steps behind no checkpoint are done again, and their alarms are raised again.
     history = loop.run.metrics()[: loop.next_step]
     if history and (reason := alarm(history, settings)):
@@ -64,26 +64,28 @@ async def _train_on(loop: Loop, started: float) -> None:
     if len(history) >= settings.steps:
         log.info("%s has all its %d steps", loop.run.path, settings.steps)
     seconds: list[float] = []
-    for step in range(loop.next_step, settings.steps):
-        begun = time.monotonic()
-        metrics = await train_step(loop, step, wrap=as_task)
-        seconds.append(time.monotonic() - begun)
-        reason = alarm(loop.run.metrics(), settings)
-        limit = spent(loop.config.budget, seconds, time.monotonic() - started, settings.problems_per_step)
-        if (reason or limit) and loop.next_step != step + 1:
-            await as_task(loop.checkpoint)(step)
-        await dashboard.show_step(step, reason)
-        log.info(
-            "step %d of %d: reward %.3f",
-            step + 1,
-            settings.steps,
-            metrics.get("reward/mean", float("nan")),
-            extra={"progress": (step + 1, settings.steps)},
-        )
-        if reason:
-            log.warning("%s stops after step %d: %s", loop.run.path, step + 1, reason)
-        elif limit:
-            log.info("%s pauses after step %d: its budget of %s is spent", loop.run.path, step + 1, limit)
-        if reason or limit:
-            break
-    await dashboard.show_run()
+    async with Dashboard(loop.run) as dashboard:
+        for step in range(loop.next_step, settings.steps):
+            begun = time.monotonic()
+            await train_step(loop, step, wrap=as_task)
+            seconds.append(time.monotonic() - begun)
+            reason = alarm(loop.run.metrics(), settings)
+            limit = spent(loop.config.budget, seconds, time.monotonic() - started, settings.problems_per_step)
+            if (reason or limit) and loop.next_step != step + 1:
+                await as_task(loop.checkpoint)(step)
+            await dashboard.show_step(step, reason)
+            _log_step(loop, step, reason, limit)
+            if reason or limit:
+                break
+        await dashboard.show_run()
+
+
+def _log_step(loop: Loop, step: int, reason: str | None, limit: str | None) -> None:
+    """The line that bars follow, and why no other step comes."""
+    num_steps, reward = loop.config.train.steps, loop.run.metrics()[-1].get("reward/mean", float("nan"))
+    done = (step + 1, num_steps)
+    log.info("step %d of %d: reward %.3f", *done, reward, extra={"progress": done})
+    if reason:
+        log.warning("%s stops after step %d: %s", loop.run.path, step + 1, reason)
+    elif limit:
+        log.info("%s pauses after step %d: its budget of %s is spent", loop.run.path, step + 1, limit)
