@@ -64,9 +64,9 @@ class ModelConfig(Section):
     """A folder, a hub id, or `lab` for the model that ships with cat_grpo."""
     engine: Literal["hf", "vllm", "openai"] = "hf"
     """What answers for it: transformers or vLLM, in this process, or OpenAI-compatible servers."""
-    vllm: VLLMConfig = VLLMConfig()
+    vllm: VLLMConfig = Field(default=VLLMConfig(), title="vLLM")
     """For engine vllm."""
-    server: ServerConfig = ServerConfig()
+    server: ServerConfig = Field(default=ServerConfig(), title="Servers")
     """For engine openai."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU when there is one."""
