@@ -1,0 +1,123 @@
+"""What the dashboard offers: the deployments of prefect.yaml, their work pool, and automations.
+
+Applied at every start. What a user changed in the dashboard since the first stays: schedules, pauses, limits,
+automations. The rest of a deployment is what prefect.yaml says.
+"""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import yaml
+from prefect.automations import AutomationCore, ChangeFlowRunState, EventTrigger, PauseDeployment, Posture
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import StateType
+from prefect.exceptions import ObjectAlreadyExists
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.workers.process import ProcessWorker
+
+POOL = "cat-grpo"
+PREFECT = (sys.executable, "-m", "prefect")
+ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
+
+
+async def apply(prefect_file: Path, num_slots: int, heartbeat_s: int, environment: Mapping[str, str]) -> None:
+    """Make the server of `environment` offer what `prefect_file` says, `num_slots` runs at a time.
+
+    A run that is silent for three heartbeats is taken for dead. ChildProcessError where Prefect refuses it.
+    """
+    with temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}):
+        async with get_client() as client:
+            await _make_pool(client, num_slots)
+            known = await _pauses(client)
+            for automation in (silent_runs_crash(heartbeat_s), alarm_pauses()):
+                if not await client.read_automations_by_name(automation.name):
+                    await client.create_automation(automation)
+    _deploy(prefect_file, known, environment)
+
+
+def silent_runs_crash(heartbeat_s: int) -> AutomationCore:
+    """Else the run of a worker that died would be Running for ever."""
+    ends = {f"prefect.flow-run.{end}" for end in ENDS}
+    return AutomationCore(
+        name="cat-grpo: a run whose worker died has crashed",
+        description="Its next run goes on from the last finished step.",
+        trigger=EventTrigger(
+            match={"prefect.resource.id": "prefect.flow-run.*"},  # type: ignore[arg-type]
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.heartbeat"} | ends,
+            within=timedelta(seconds=3 * heartbeat_s),
+        ),
+        actions=[
+            ChangeFlowRunState(
+                name=None, state=StateType.CRASHED, message="No sign of life: its worker died.", force=False
+            )
+        ],
+    )
+
+
+def alarm_pauses() -> AutomationCore:
+    """An example of what can be hung on an alarm; off until a user turns it on."""
+    return AutomationCore(
+        name="cat-grpo: an alarm pauses its deployment (an example)",
+        description="A run that an alarm stopped stays stopped: its schedule would only find that out again.",
+        enabled=False,
+        trigger=EventTrigger(
+            match={"prefect.resource.id": "cat_grpo.run.*"},  # type: ignore[arg-type]
+            posture=Posture.Reactive,
+            expect={"cat_grpo.alarm"},
+        ),
+        actions=[PauseDeployment(source="inferred", deployment_id=None)],
+    )
+
+
+async def _make_pool(client: PrefectClient, num_slots: int) -> None:
+    pool = WorkPoolCreate(
+        name=POOL,
+        type="process",
+        description="Runs on this machine, as many at a time as it has GPUs; the others wait.",
+        base_job_template=ProcessWorker.get_default_base_job_template(),
+        concurrency_limit=num_slots,
+    )
+    with suppress(ObjectAlreadyExists):
+        await client.create_work_pool(pool)
+
+
+async def _pauses(client: PrefectClient) -> dict[str, bool]:
+    """Of the deployments that are there."""
+    return {deployment.name: deployment.paused for deployment in await client.read_deployments()}
+
+
+def _deploy(prefect_file: Path, known: Mapping[str, bool], environment: Mapping[str, str]) -> None:
+    """Through Prefect's own command, which is what reads such a file."""
+    plan: dict[str, Any] = yaml.safe_load(prefect_file.read_text(encoding="utf-8"))
+    for deployment in plan["deployments"]:
+        if deployment["name"] in known:
+            deployment.pop("schedules", None)  # one that names none keeps those that it has
+            deployment["paused"] = known[deployment["name"]]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "prefect.yaml"
+        path.write_text(yaml.safe_dump(plan), encoding="utf-8")
+        command = [
+            sys.executable,
+            "-m",
+            "prefect",
+            "--no-prompt",
+            "deploy",
+            "--all",
+            "--prefect-file",
+            str(path),
+        ]
+        done = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+    if done.returncode:
+        raise ChildProcessError(f"{prefect_file} could not be applied:\n{done.stdout}{done.stderr}")

@@ -1,0 +1,224 @@
+"""Server, worker and inspector, started and stopped together: what `cat-grpo serve` is."""
+
+import asyncio
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import psutil
+from prefect.settings import PREFECT_HOME
+
+from cat_grpo.shipped import shipped
+from flows.deployments import POOL, PREFECT, apply
+
+CLI = (sys.executable, "-c", "from cat_grpo.cli import main; main()")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PATIENCE_S = 120.0
+"""For the server to answer."""
+GRACE_S = 30.0
+"""For runs to end, as long as Prefect gives one that is cancelled."""
+BRIEF_S = 10.0
+"""For everything else to end."""
+HEARTBEAT_S = 30
+"""Prefect allows no shorter one for its flows."""
+
+
+def serve(
+    runs: Path,
+    host: str = "127.0.0.1",
+    port: int = 4200,
+    database: str | None = None,
+    inspector: Sequence[str] | None = None,
+) -> None:
+    """Server on `port`, inspector on the next one, and a worker, until Ctrl-C or SIGTERM.
+
+    `database` is the server's, by default SQLite in PREFECT_HOME. `inspector` is the command that serves it.
+    ValueError for a port that is taken, ChildProcessError when one of them dies: then all end.
+    """
+    token = _token(host)
+    for wanted in (port, port + 1):
+        _refuse_taken(host, wanted)
+    address, inspected = f"http://{host}:{port}", f"http://{host}:{port + 1}"
+    inspect = (*CLI, "inspect", str(runs), "--host", host, "--port", str(port + 1), *token)
+    environment = _environment(address, inspected)
+    services = Services(PREFECT_HOME.value() / "cat-grpo")
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        _start(services, runs, address, environment, database, tuple(inspector or inspect))
+        print(_welcome(address, inspected, services.logs), flush=True)
+        services.watch()
+    except KeyboardInterrupt:
+        print("Stopping; once more to stop at once", flush=True)
+    finally:
+        services.stop()
+        signal.signal(signal.SIGTERM, previous)
+
+
+class Services:
+    """Processes that end together, with all that they started."""
+
+    def __init__(self, logs: Path) -> None:
+        self.logs = logs
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._below: set[psutil.Process] = set()
+        logs.mkdir(parents=True, exist_ok=True)
+
+    def start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        """In a session of its own, so that a Ctrl-C in the terminal comes to us alone."""
+        with (self.logs / f"{name}.log").open("wb") as log:
+            self._processes[name] = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def check(self) -> None:
+        """ChildProcessError when one of them has ended."""
+        self._note_below()
+        for name, process in self._processes.items():
+            if process.poll() is not None:
+                raise ChildProcessError(
+                    f"the {name} ended with status {process.returncode}: see {self.logs / f'{name}.log'}"
+                )
+
+    def watch(self) -> None:
+        while True:
+            self.check()
+            time.sleep(0.5)
+
+    def stop(self) -> None:
+        """All of them, the last one first: runs can still tell the server how they ended."""
+        with suppress(KeyboardInterrupt):
+            for process in reversed(self._processes.values()):
+                self._note_below()
+                _end(process)
+        self._note_below()
+        for process in (*self._processes.values(), *self._below):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(self._below, timeout=BRIEF_S)
+
+    def _note_below(self) -> None:
+        """Also whom they started. Below a process that was killed nobody is found: so it is noted in time."""
+        self._below |= set(psutil.Process().children(recursive=True))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """First what it started: a worker does not tell its runs that it should end, and waits for them."""
+    if process.poll() is not None:
+        return
+    below = psutil.Process(process.pid).children(recursive=True)
+    for each in below:
+        with suppress(psutil.NoSuchProcess):
+            each.terminate()
+    psutil.wait_procs(below, timeout=GRACE_S)
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(BRIEF_S)
+
+
+def gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name here, one by one; empty without a GPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+    import torch  # not for --help, and not where the variable says it
+
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
+def _start(
+    services: Services,
+    runs: Path,
+    address: str,
+    environment: Mapping[str, str],
+    database: str | None,
+    inspector: Sequence[str],
+) -> None:
+    host, _, port = address.removeprefix("http://").rpartition(":")
+    where = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": database} if database else {}
+    command = (*PREFECT, "server", "start", "--host", host, "--port", port)
+    services.start("server", command, {**environment, **where})
+    _wait_until_healthy(services, f"{address}/api/health")
+    runs.mkdir(parents=True, exist_ok=True)
+    services.start("inspector", inspector, environment)
+    devices = gpus()
+    asyncio.run(apply(_prefect_file(), max(1, len(devices)), HEARTBEAT_S, environment))
+    services.check()
+    # A worker a GPU: its run sees no other. With one GPU, or none, there is nothing to share out.
+    for i, seen in enumerate(devices if len(devices) > 1 else [None]):
+        own = {"CUDA_VISIBLE_DEVICES": seen} if seen else {}
+        command = (*PREFECT, "worker", "start", "--pool", POOL, "--name", f"worker-{i}", "--limit", "1")
+        services.start(f"worker-{i}", command, {**environment, **own})
+
+
+def _environment(address: str, inspected: str) -> dict[str, str]:
+    return os.environ | {
+        "PREFECT_API_URL": f"{address}/api",
+        "PREFECT_SERVER_UI_API_URL": "/api",  # whatever name or tunnel the browser came by
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
+        "PREFECT_RUNNER_AUTO_INSTALL_DEPENDENCIES": "false",  # a run has what the worker has
+        "CAT_GRPO_INSPECTOR_URL": inspected,
+    }
+
+
+def _prefect_file() -> Path:
+    own = Path("prefect.yaml")
+    return own if own.exists() else shipped("prefect.yaml")
+
+
+def _token(host: str) -> tuple[str, ...]:
+    """The inspector's option. ValueError where anyone could start runs on this machine."""
+    if host in LOOPBACK:
+        return ()
+    if not os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
+        raise ValueError(
+            f"--host {host}: who reaches the server runs code here: set PREFECT_SERVER_API_AUTH_STRING"
+            " and PREFECT_API_AUTH_STRING to the same user:password"
+        )
+    return ("--token", secrets.token_urlsafe(16))
+
+
+def _refuse_taken(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(f"port {port} of {host} is not to be had: {error.strerror}") from error
+
+
+def _wait_until_healthy(services: Services, url: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        services.check()
+        try:
+            if httpx.get(url).is_success:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    raise ChildProcessError(
+        f"the server did not answer within {PATIENCE_S:.0f} s: see {services.logs / 'server.log'}"
+    )
+
+
+def _welcome(address: str, inspected: str, logs: Path) -> str:
+    return f"""\
+Dashboard  {address}
+Artifacts  {address}/v2/artifacts
+Inspector  {inspected}
+Logs       {logs}
+Ctrl-C stops all of them."""
