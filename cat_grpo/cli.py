@@ -38,7 +38,7 @@ def main() -> None:
     except ValueError as error:
         typer.echo(f"cat-grpo: {_first_line(error)}", err=True)
         raise SystemExit(2) from None
-    except (ArithmeticError, ConnectionError, SyncError) as error:
+    except (ArithmeticError, ChildProcessError, ConnectionError, SyncError) as error:
         typer.echo(f"cat-grpo: stopped: {error}", err=True)
         raise SystemExit(1) from None
 
@@ -149,6 +149,23 @@ def export(
     typer.echo(f"Wrote {export_model(run / 'checkpoints' / checkpoint, out, dtype)}")
 
 
+@app.command()
+def serve(
+    runs: Annotated[Path, typer.Option(help="The folder of runs that the inspector shows")] = Path("runs"),
+    host: Annotated[str, typer.Option(help="Where to listen; others than this machine need a password")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=1, max=65534, help="The inspector takes the next one")] = 4200,
+    database: Annotated[
+        str | None, typer.Option(help="postgresql+asyncpg://user:password@host/name; default: SQLite")
+    ] = None,
+) -> None:
+    """The dashboard: schedule, watch, stop and inspect runs in a browser, until Ctrl-C."""
+    from flows.serve import serve as serve_flows
+
+    serve_flows(runs, host, port, database)
+
+
 @lab_app.command("build")
 def lab_build(
     out: Annotated[Path, typer.Option(help="Where problems and model go")],
@@ -202,6 +219,10 @@ def _check_training(config: Any, run: Path) -> None:
     from cat_grpo.rundir import refuse_other_settings
 
     refuse_other_settings(run, config)
+    if config.train.review_gate:
+        from flows.gate import refuse_unseen
+
+        refuse_unseen(config.train)
     load_problems(config.data)
     if config.train.validation:
         from cat_grpo.evaluate import load_labelled

@@ -263,6 +263,8 @@ class TrainConfig(Section):
     there is then nothing left to reconcile and only the collapse ahead. None: never."""
     max_failure_frac: float = Field(default=0.5, gt=0.0, le=1.0)
     """Stop when a larger share of a step's rollouts than this has no reward."""
+    review_gate: bool = False
+    """Pause before each update until a person has accepted the step's references in the dashboard."""
 
 
 class BudgetConfig(Section):

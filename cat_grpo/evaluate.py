@@ -6,17 +6,19 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from cat_grpo.answers import extract_answer, majority, same_answer
 from cat_grpo.config import Config, DataConfig
 from cat_grpo.data import read_rows, to_problem
 from cat_grpo.engines import Engines
 from cat_grpo.metrics import mean
-from cat_grpo.records import Group, Problem, Reference
+from cat_grpo.records import Group, Kind, Problem, Reference
 from cat_grpo.references import estimate_references, rollout_answers
 from cat_grpo.rewards import score_groups
 from cat_grpo.rollouts import generate_rollouts
 from cat_grpo.rundir import seed_of
+from cat_grpo.shipped import shipped
 
 Samples = dict[str, list[float]]
 """One value per problem, by metric."""
@@ -32,7 +34,13 @@ class LabelledProblem:
 
 
 def load_labelled(path: Path, limit: int | None = None) -> list[LabelledProblem]:
-    """Rows `id, prompt, kind, answer | points` of a file, at most `limit`; ValueError with file and line."""
+    """Rows `id, prompt, kind, answer | points` of a file, at most `limit`; ValueError with file and line.
+
+    `lab:verifiable` and `lab:open` are the held-out files that ship with cat_grpo.
+    """
+    family = str(path).removeprefix("lab:")
+    if str(path) != family and family in get_args(Kind):
+        path = shipped("data", "lab", family, "heldout.jsonl")
     labelled = [_labelled(location, row) for location, row in read_rows(path, None)]
     return labelled[:limit]
 

@@ -107,6 +107,19 @@ def reference_rows(scored: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
     return table_rows([_reference_row(group) for group in scored[:MAX_ROWS]])
 
 
+def gate_markdown(step: int, scored: Sequence[ScoredGroup]) -> str:
+    """What a person reads before the references may train the policy, in one table."""
+
+    def table(width: int) -> str:
+        rows = [_reference_row(group) for group in scored[:MAX_ROWS]]
+        return _table(
+            list(rows[0]), [[_cell(str(_plain(cell, width)), width) for cell in row.values()] for row in rows]
+        )
+
+    shown = min(len(scored), MAX_ROWS)
+    return f"Step {step + 1}: {shown} of {len(scored)} references\n\n{_fitting(table)}\n"
+
+
 def table_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The first MAX_ROWS rows with their texts cut to fit, for a table that shows text as it is."""
     return _fitting(

@@ -2,6 +2,7 @@
 
     config.json  manifest.json  metrics.jsonl  changes.jsonl (of the data)
     steps/000012/rollouts-00.parquet  references-00.parquet  scores-00.parquet  groups.parquet
+    steps/000012/gate.json (what a person decided)
     reviews.jsonl  checkpoints/000020/  latest -> 000020  best -> 000010
 
 Files appear whole, by rename, or not at all.
@@ -50,6 +51,7 @@ MAY_CHANGE = {
         "patience",
         "max_consensus",
         "tracker",
+        "review_gate",
     },
     "learner": {"micro_batch_tokens", "gradient_checkpointing"},
     "model": {"max_batch_tokens", "vllm", "server"},
@@ -133,6 +135,16 @@ class RunDir:
         if changes != before:
             write_whole(path, change_lines(changes))
         return changes
+
+    def write_decision(self, step: int, accepted: bool, note: str) -> None:
+        """What a person said to the step's references: a step that is done again does not ask again."""
+        text = json.dumps({"accepted": accepted, "note": note}, ensure_ascii=False)
+        write_whole(self.step_folder(step) / "gate.json", text)
+
+    def read_decision(self, step: int) -> bool | None:
+        """Whether the step's references were accepted; None where nobody has said."""
+        path = self.step_folder(step) / "gate.json"
+        return json.loads(path.read_text(encoding="utf-8"))["accepted"] if path.exists() else None
 
     def metrics(self) -> list[Metrics]:
         """One dict per finished step, in order."""

@@ -52,6 +52,8 @@ NUM_PROBES = 8
 Stage = Callable[..., Awaitable[Any]]
 Wrap = Callable[[Stage], Stage]
 """What a caller puts around each stage of a step: a Prefect task, a timer, nothing."""
+Accept = Callable[[int], Awaitable[bool]]
+"""Whether the step's references may train the policy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +159,16 @@ class Loop:
         metrics["time/update_s"] = time.monotonic() - started
         if update.get("rows_with_signal"):
             metrics |= await self.sync()
-        for stage, meter in self.meters.items():
-            metrics |= {f"engine/{stage}_{name}": value for name, value in meter.read().items()}
-        self.run.write_metrics([*self.run.metrics()[:step], metrics])
-        return metrics
+        return self._write_line(step, metrics)
+
+    async def skip(self, step: int) -> Metrics:
+        """In place of the update, where a person has refused the step's references: the weights stay."""
+        scored, config = self.run.read_step(step), self.config
+        rewards = total_rewards(scored, [], config.learner.kl_coef)
+        batch = make_batch(scored, rewards, config.learner, config.rollout.max_tokens, [])
+        self.run.write_summaries(step, summarise_update(scored, [], *_by_group(scored, rewards, batch)))
+        skipped = {"step": float(step), **step_metrics(scored, rewards), "policy/skipped": 1.0}
+        return self._write_line(step, skipped)
 
     async def sync(self) -> Metrics:
         """The policy's engine has the learner's weights, and is proven to. SyncError where it has not."""
@@ -196,6 +204,12 @@ class Loop:
         if gone := [name for name in ids if name not in self.problems]:
             raise ValueError(f"{self.config.data.path}: {gone[0]}: step {step} began with it, and it is gone")
         return [self.problems[name] for name in ids]
+
+    def _write_line(self, step: int, metrics: Metrics) -> Metrics:
+        for stage, meter in self.meters.items():
+            metrics |= {f"engine/{stage}_{name}": value for name, value in meter.read().items()}
+        self.run.write_metrics([*self.run.metrics()[:step], metrics])
+        return metrics
 
     def _metered(self, stage: str, engine: Engine) -> Engine:
         return self.meters[stage].on(engine)
@@ -334,8 +348,13 @@ async def _from_first(stage: Stage, step: int, done: asyncio.Queue[int]) -> None
     await stage(step)
 
 
-async def train_step(loop: Loop, step: int, wrap: Wrap = lambda stage: stage) -> Metrics:
-    """The figure of the paper in code. Every shard walks the stages on its own; the update waits for all."""
+async def train_step(
+    loop: Loop, step: int, wrap: Wrap = lambda stage: stage, accept: Accept | None = None
+) -> Metrics:
+    """The figure of the paper in code. Every shard walks the stages on its own; the update waits for all.
+
+    And for `accept`, where there is one: a step that it refuses ends without an update.
+    """
     stages, num_shards = (loop.rollouts, loop.references, loop.scores), loop.num_shards
     queues: list[asyncio.Queue[int]] = [asyncio.Queue() for _ in range(len(stages) + 1)]
     for shard in range(num_shards):
@@ -345,7 +364,8 @@ async def train_step(loop: Loop, step: int, wrap: Wrap = lambda stage: stage) ->
         _from_first(wrap(_on_shards(stage, num_shards, done, made)), step, done)
         for stage, done, made in zip(stages, queues, queues[1:], strict=False)
     )
-    metrics = await wrap(loop.update)(step)
+    is_accepted = accept is None or await accept(step)
+    metrics = await wrap(loop.update if is_accepted else loop.skip)(step)
     finished = step + 1
     if finished % loop.config.train.checkpoint_every == 0 or finished == loop.config.train.steps:
         await wrap(loop.checkpoint)(step)

@@ -30,7 +30,8 @@ ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
 async def apply(prefect_file: Path, num_slots: int, heartbeat_s: int, environment: Mapping[str, str]) -> None:
     """Make the server of `environment` offer what `prefect_file` says, `num_slots` runs at a time.
 
-    A run that is silent for three heartbeats is taken for dead. ChildProcessError where Prefect refuses it.
+    A run that is silent for three heartbeats is taken for dead. ChildProcessError where Prefect refuses the
+    file.
     """
     with temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}):
         async with get_client() as client:
@@ -120,4 +121,4 @@ def _deploy(prefect_file: Path, known: Mapping[str, bool], environment: Mapping[
             command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         )
     if done.returncode:
-        raise ChildProcessError(f"{prefect_file} could not be applied:\n{done.stdout}{done.stderr}")
+        raise ChildProcessError(f"{prefect_file} could not be applied: {done.stdout}{done.stderr}")

@@ -26,9 +26,15 @@ async def evaluate(
     limit: int | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Figures of `model` (default: the config's) on a labelled file, each with its standard error.
+    """Figures of a model on a labelled file, each with its standard error.
 
-    The anchor is by default the one that a checkpoint of ours was trained with, else the model itself.
+    Args:
+        config: How the model is asked and its references are made.
+        problems: A labelled file: id, prompt, kind, answer or points; or lab:verifiable, lab:open.
+        model: A checkpoint, a hub id, or lab; None is the config's model.
+        anchor: None is what a checkpoint of ours was trained with, else the model itself.
+        limit: At most this many problems.
+        seed: Of the rollouts.
     """
     labelled = load_labelled(Path(problems), limit)
     model = model or config.model.path

@@ -17,6 +17,7 @@ import psutil
 from prefect.settings import PREFECT_HOME
 
 from cat_grpo.shipped import shipped
+from flows.artifacts import INSPECTED, INSPECTOR_URL
 from flows.deployments import POOL, PREFECT, apply
 
 CLI = (sys.executable, "-c", "from cat_grpo.cli import main; main()")
@@ -25,7 +26,7 @@ PATIENCE_S = 120.0
 """For the server to answer."""
 GRACE_S = 30.0
 """For runs to end, as long as Prefect gives one that is cancelled."""
-BRIEF_S = 10.0
+BRIEF_S = 5.0
 """For everything else to end."""
 HEARTBEAT_S = 30
 """Prefect allows no shorter one for its flows."""
@@ -48,7 +49,7 @@ def serve(
         _refuse_taken(host, wanted)
     address, inspected = f"http://{host}:{port}", f"http://{host}:{port + 1}"
     inspect = (*CLI, "inspect", str(runs), "--host", host, "--port", str(port + 1), *token)
-    environment = _environment(address, inspected)
+    environment = _environment(address, inspected, runs)
     services = Services(PREFECT_HOME.value() / "cat-grpo")
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -154,7 +155,7 @@ def _start(
     runs.mkdir(parents=True, exist_ok=True)
     services.start("inspector", inspector, environment)
     devices = gpus()
-    asyncio.run(apply(_prefect_file(), max(1, len(devices)), HEARTBEAT_S, environment))
+    asyncio.run(apply(shipped("prefect.yaml"), max(1, len(devices)), HEARTBEAT_S, environment))
     services.check()
     # A worker a GPU: its run sees no other. With one GPU, or none, there is nothing to share out.
     for i, seen in enumerate(devices if len(devices) > 1 else [None]):
@@ -163,20 +164,16 @@ def _start(
         services.start(f"worker-{i}", command, {**environment, **own})
 
 
-def _environment(address: str, inspected: str) -> dict[str, str]:
+def _environment(address: str, inspected: str, runs: Path) -> dict[str, str]:
     return os.environ | {
         "PREFECT_API_URL": f"{address}/api",
         "PREFECT_SERVER_UI_API_URL": "/api",  # whatever name or tunnel the browser came by
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
         "PREFECT_RUNNER_AUTO_INSTALL_DEPENDENCIES": "false",  # a run has what the worker has
-        "CAT_GRPO_INSPECTOR_URL": inspected,
+        INSPECTOR_URL: inspected,
+        INSPECTED: str(runs.resolve()),
     }
-
-
-def _prefect_file() -> Path:
-    own = Path("prefect.yaml")
-    return own if own.exists() else shipped("prefect.yaml")
 
 
 def _token(host: str) -> tuple[str, ...]:
@@ -185,8 +182,8 @@ def _token(host: str) -> tuple[str, ...]:
         return ()
     if not os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
         raise ValueError(
-            f"--host {host}: who reaches the server runs code here: set PREFECT_SERVER_API_AUTH_STRING"
-            " and PREFECT_API_AUTH_STRING to the same user:password"
+            f"--host {host}: who reaches the server runs code here: set PREFECT_SERVER_API_AUTH_STRING and"
+            " PREFECT_API_AUTH_STRING to one user:password"
         )
     return ("--token", secrets.token_urlsafe(16))
 

@@ -47,6 +47,10 @@ async def synthesize(config: Config, out: str) -> str:
 
     The policy is the config's model, and the anchor too, unless the config names one. ValueError for another
     suffix, before any work.
+
+    Args:
+        config: What is asked, and how.
+        out: A .jsonl or .parquet file.
     """
     path = Path(out)
     if path.suffix not in (".jsonl", ".parquet"):

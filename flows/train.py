@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from prefect import flow, task
@@ -12,6 +13,7 @@ from cat_grpo.config import BudgetConfig, Config
 from cat_grpo.selection import alarm
 from cat_grpo.step import Loop, Stage, open_loop, train_step
 from flows.artifacts import Dashboard
+from flows.gate import ask, refuse_unseen
 from flows.secrets import read_secrets
 
 log = logging.getLogger(__name__)
@@ -19,8 +21,14 @@ log = logging.getLogger(__name__)
 
 @flow(name="train", flow_run_name="{run_dir}")
 async def train(config: Config, run_dir: str) -> str:
-    """Train in a run directory, from its latest checkpoint on. Returns the folder of the best checkpoint."""
+    """Train in a run directory, from its latest checkpoint on. Returns the folder of the best checkpoint.
+
+    Args:
+        config: What is trained on what, and how.
+        run_dir: The run's folder: a new run, or the one that is there, which is gone on with.
+    """
     started = time.monotonic()
+    refuse_unseen(config.train)
     loop = await open_loop(config, Path(run_dir), await read_secrets(config))
     try:
         await _train_on(loop, started)
@@ -64,10 +72,11 @@ async def _train_on(loop: Loop, started: float) -> None:
     if len(history) >= settings.steps:
         log.info("%s has all its %d steps", loop.run.path, settings.steps)
     seconds: list[float] = []
+    accept = partial(ask, loop.run) if settings.review_gate else None
     async with Dashboard(loop.run) as dashboard:
         for step in range(loop.next_step, settings.steps):
             begun = time.monotonic()
-            await train_step(loop, step, wrap=as_task)
+            await train_step(loop, step, as_task, accept)
             seconds.append(time.monotonic() - begun)
             reason = alarm(loop.run.metrics(), settings)
             limit = spent(loop.config.budget, seconds, time.monotonic() - started, settings.problems_per_step)
