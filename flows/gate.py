@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 PATIENCE_S = 24 * 3600
 """After a day without an answer the flow run fails; the next one asks again, at the same step."""
-POLL_S = 5
+POLL_S = 2
 
 
 class Decision(RunInput):

@@ -21,7 +21,9 @@ from flows.artifacts import INSPECTED, INSPECTOR_URL
 from flows.deployments import POOL, PREFECT, apply
 
 CLI = (sys.executable, "-c", "from cat_grpo.cli import main; main()")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ENDINGS = (signal.SIGTERM, signal.SIGHUP)
+"""Taken for a Ctrl-C: the end of the session, and of its terminal."""
+LOOPBACK = ("127.0.0.1", "localhost")
 PATIENCE_S = 120.0
 """For the server to answer."""
 GRACE_S = 30.0
@@ -48,19 +50,23 @@ def serve(
     for wanted in (port, port + 1):
         _refuse_taken(host, wanted)
     address, inspected = f"http://{host}:{port}", f"http://{host}:{port + 1}"
-    inspect = (*CLI, "inspect", str(runs), "--host", host, "--port", str(port + 1), *token)
+    inspect = (*CLI, "inspect", str(runs), "--host", host, "--port", str(port + 1))
+    if token:
+        inspect = (*inspect, "--token", token)
     environment = _environment(address, inspected, runs)
     services = Services(PREFECT_HOME.value() / "cat-grpo")
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    previous = [(each, signal.signal(each, signal.default_int_handler)) for each in ENDINGS]
     try:
         _start(services, runs, address, environment, database, tuple(inspector or inspect))
-        print(_welcome(address, inspected, services.logs), flush=True)
+        page = f"{inspected}/?token={token}" if token else inspected
+        print(_welcome(address, page, services.logs), flush=True)
         services.watch()
     except KeyboardInterrupt:
         print("Stopping; once more to stop at once", flush=True)
     finally:
         services.stop()
-        signal.signal(signal.SIGTERM, previous)
+        for each, handler in previous:
+            signal.signal(each, handler)
 
 
 class Services:
@@ -176,16 +182,16 @@ def _environment(address: str, inspected: str, runs: Path) -> dict[str, str]:
     }
 
 
-def _token(host: str) -> tuple[str, ...]:
-    """The inspector's option. ValueError where anyone could start runs on this machine."""
+def _token(host: str) -> str | None:
+    """What the inspector asks for, if others can reach it. ValueError if they could start runs here."""
     if host in LOOPBACK:
-        return ()
+        return None
     if not os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
         raise ValueError(
             f"--host {host}: who reaches the server runs code here: set PREFECT_SERVER_API_AUTH_STRING and"
             " PREFECT_API_AUTH_STRING to one user:password"
         )
-    return ("--token", secrets.token_urlsafe(16))
+    return secrets.token_urlsafe(16)
 
 
 def _refuse_taken(host: str, port: int) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -342,3 +343,26 @@ def test_an_export_overwrites_nothing(cat_grpo, tmp_path, run_with_checkpoint):
     out = write(tmp_path / "exported", "mine")
     refused(cat_grpo("export", "--run", run_with_checkpoint, "--out", out), f"{out}: is there already")
     assert out.read_text() == "mine\n"
+
+
+def test_a_gate_that_nobody_could_open_is_refused(cat_grpo, tmp_path):
+    said = cat_grpo(
+        "train", "--preset", "lab-verifiable", "--run", tmp_path / "run", "train.review_gate=true"
+    )
+    refused(said, "train.review_gate: asks in the dashboard")
+
+
+def test_a_port_that_is_taken_is_refused(cat_grpo):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        refused(cat_grpo("serve", "--port", other.getsockname()[1]), "is not to be had")
+
+
+def test_a_part_of_the_dashboard_that_dies_is_exit_code_1(cat_grpo, monkeypatch):
+    def die(*_: object) -> None:
+        raise ChildProcessError("the inspector ended with status 2: see inspector.log")
+
+    monkeypatch.setattr("flows.serve.serve", die)
+    said = cat_grpo("serve")
+    assert (said.code, said.out) == (1, "")
+    assert said.err == "cat-grpo: stopped: the inspector ended with status 2: see inspector.log\n"

@@ -210,3 +210,22 @@ def test_the_data_may_grow(tmp_path):
     opened(tmp_path / "run", num_problems=3)
     opened(tmp_path / "run", num_problems=4)
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["num_problems"] == 4
+
+
+# What a person decided
+
+
+def test_a_decision_is_read_again_and_a_step_without_one_has_none(tmp_path):
+    run = opened(tmp_path / "run")
+    (run.step_folder(3)).mkdir(parents=True)
+    assert run.read_decision(3) is None
+    run.write_decision(3, accepted=False, note="the sums are wrong: Ω")
+    assert run.read_decision(3) is False
+    assert run.read_decision(4) is None
+    run.write_decision(3, accepted=True, note="")
+    assert RunDir(run.path).read_decision(3) is True
+
+
+def test_a_gate_may_be_put_up_and_taken_down_again(tmp_path):
+    opened(tmp_path / "run")
+    assert opened(tmp_path / "run", "train.review_gate=true").config.train.review_gate

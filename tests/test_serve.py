@@ -1,10 +1,11 @@
 """`cat-grpo serve` for real: a server with its worker, and runs that a user starts, stops and answers."""
 
-import asyncio
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from cat_grpo.config import Config
 from cat_grpo.presets import preset_names
 from cat_grpo.rundir import RunDir
 from cat_grpo.shipped import shipped
-from flows.deployments import apply, silent_runs_crash
+from flows.deployments import silent_runs_crash
 from flows.serve import gpus, serve
 
 PATIENCE_S = 180
@@ -32,7 +33,7 @@ from pathlib import Path
 from flows.serve import serve
 inspector = [sys.executable, "-m", "http.server", sys.argv[2], "--bind", "127.0.0.1"]
 try:
-    serve(Path("runs"), port=int(sys.argv[1]), inspector=inspector)
+    serve(Path("runs"), port=int(sys.argv[1]), database=sys.argv[3] or None, inspector=inspector)
 except ChildProcessError as error:
     sys.exit(f"stopped: {error}")
 """
@@ -41,8 +42,8 @@ except ChildProcessError as error:
 class Served:
     """`cat-grpo serve` in a folder of its own, and its server's API."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, two_free_ports()
+    def __init__(self, folder: Path, database: str | None) -> None:
+        self.folder, self.database, self.port = folder, database, two_free_ports()
         self.url = f"http://127.0.0.1:{self.port}/api"
         self.start()
 
@@ -52,7 +53,7 @@ class Served:
             "PREFECT_WORKER_QUERY_SECONDS": "1",
             "PYTHONPATH": str(Path(__file__).parent.parent),
         }
-        command = [sys.executable, "-c", START, str(self.port), str(self.port + 1)]
+        command = [sys.executable, "-c", START, str(self.port), str(self.port + 1), self.database or ""]
         with (self.folder / "serve.log").open("w") as log:
             self.process = subprocess.Popen(
                 command, cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -82,13 +83,13 @@ class Served:
     def deployments(self) -> dict[str, dict[str, Any]]:
         return {each["name"]: each for each in self.post("deployments/filter")}
 
-    def run(self, run_dir: str, **train: Any) -> str:
+    def run(self, run_dir: str, num_steps: int = 1000, **train: Any) -> str:
         """Starts a small training run, as the form of the dashboard does. Returns its id."""
         deployment = self.deployments()["lab-verifiable"]
-        small = {"problems_per_step": 4, "shard_size": 4, "checkpoint_every": 1, "steps": 1000} | train
         config = deployment["parameters"]["config"] | {
-            "train": small,
+            "train": {"problems_per_step": 4, "shard_size": 4, "checkpoint_every": 1, "steps": 1000} | train,
             "rollout": {"max_tokens": 16, "group_size": 4},
+            "budget": {"steps": num_steps},
         }
         made = self.post(
             f"deployments/{deployment['id']}/create_flow_run",
@@ -148,8 +149,32 @@ def num_steps(folder: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    serving = Served(tmp_path_factory.mktemp("serve"))
+def postgres() -> Iterator[str | None]:
+    """The address of a database of Debian's PostgreSQL server; None where there is none."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not found:
+        yield None
+        return
+    user = {"user": "postgres"} if os.getuid() == 0 else {}  # it refuses to run as root
+    folder, port = Path(tempfile.mkdtemp(prefix="cat-grpo-postgres-")), two_free_ports()
+    if user:
+        shutil.chown(folder, "postgres")
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
+    control = [str(found[-1] / "pg_ctl"), "--pgdata", str(folder / "data"), "--silent", "--wait"]
+    initial = ["init", "--options", "--username=cat --auth=trust --no-sync"]
+    try:
+        for command in (initial, ["start", "--log", str(folder / "log"), "--options", options]):
+            subprocess.run([*control, *command], cwd=folder, check=True, capture_output=True, **user)
+        yield f"postgresql+asyncpg://cat@127.0.0.1:{port}/postgres"
+        subprocess.run([*control, "stop", "--mode", "immediate"], cwd=folder, check=True, **user)
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, postgres: str | None) -> Iterator[Served]:
+    """On PostgreSQL where there is one: SQLite is what all other tests of the flows are on."""
+    serving = Served(tmp_path_factory.mktemp("serve"), postgres)
     below = serving.below()
     yield serving
     if serving.process.poll() is None:
@@ -201,36 +226,30 @@ def test_nobody_else_is_let_in_without_a_password(tmp_path: Path):
         serve(tmp_path, host="0.0.0.0")
 
 
-def test_applied_again_nothing_changes_and_what_a_user_set_stays(served: Served):
-    before = served.deployments()
-    assert len(before) == 6
+def test_what_prefect_yaml_says_is_there(served: Served):
+    there = served.deployments()
+    plan = yaml.safe_load(shipped("prefect.yaml").read_text())
+    assert sorted(there) == sorted(each["name"] for each in plan["deployments"])
+    for deployment in plan["deployments"]:
+        assert there[deployment["name"]]["parameters"] == deployment["parameters"]
+        assert there[deployment["name"]]["description"] == deployment["description"]
     assert served.get("work_pools/cat-grpo")["concurrency_limit"] == max(1, len(gpus()))
-    [weekly] = before["held-out"]["schedules"]
-    schedule = f"deployments/{before['held-out']['id']}/schedules/{weekly['id']}"
-    served.patch(schedule, active=True)
-    served.patch(f"deployments/{before['math500']['id']}", paused=True)
+    assert sorted(each["enabled"] for each in served.post("automations/filter")) == [False, True]
 
-    environment = os.environ | {"PREFECT_API_URL": served.url}
-    asyncio.run(apply(shipped("prefect.yaml"), 1, 30, environment))
-    after = served.deployments()
-    assert after["math500"]["paused"]
-    assert [each["active"] for each in after["held-out"]["schedules"]] == [True]
-    assert [each["active"] for each in after["lab-verifiable"]["schedules"]] == [False]
-    for name, deployment in after.items():
-        assert deployment["id"] == before[name]["id"]
-        assert deployment["parameters"] == before[name]["parameters"]
-    automations = served.post("automations/filter")
-    assert sorted(each["enabled"] for each in automations) == [False, True]
-    served.patch(schedule, active=False)
+
+def test_the_one_setting_is_the_database(served: Served, postgres: str | None):
+    if postgres is None:
+        pytest.skip("there is no PostgreSQL server on this machine")
+    assert not list((served.folder / "prefect").glob("prefect.db*"))
 
 
 def test_a_cancelled_run_ends_and_the_one_that_waited_goes_on_when_people_let_it(served: Served):
     folder = served.folder / "runs" / "first"
     first = served.run("runs/first")
     until(lambda: num_steps(folder) >= 2, "two steps")
-    [engine] = [each for each in served.below() if "prefect.engine" in " ".join(each.cmdline())]
+    [engine] = [each for each in served.below() if "prefect.engine" in each.cmdline()]
     processes = [engine, *engine.children(recursive=True)]
-    second = served.run("runs/first", review_gate=True)
+    second = served.run("runs/first", num_steps=2, review_gate=True)
     served.cancel(first)
     served.wait(first, "Cancelled")
     done = RunDir(folder).metrics()
@@ -239,7 +258,7 @@ def test_a_cancelled_run_ends_and_the_one_that_waited_goes_on_when_people_let_it
 
     served.wait(second, "Paused")
     asked = num_steps(folder)
-    assert RunDir(folder).metrics()[: len(done)] == done[:asked]
+    assert RunDir(folder).metrics() == done[:asked]
     assert asked >= len(done) - 1  # a step that was cancelled in its checkpoint is done again
     form = served.form(second)
     assert f"Step {asked + 1}: 4 of 4 references" in form["description"]
@@ -248,21 +267,22 @@ def test_a_cancelled_run_ends_and_the_one_that_waited_goes_on_when_people_let_it
     until(lambda: num_steps(folder) > asked, "the step is done")
     served.wait(second, "Paused")
     served.answer(second, accept="update")
-    until(lambda: num_steps(folder) > asked + 1, "the next step is done")
-    served.wait(second, "Paused")
-    served.cancel(second)
-    served.wait(second, "Cancelled")
-    skipped, updated = RunDir(folder).metrics()[asked : asked + 2]
+    served.wait(second, "Completed")
+    skipped, updated = RunDir(folder).metrics()[asked:]
     assert skipped["policy/skipped"] == 1.0 and "policy/skipped" not in updated
     assert [RunDir(folder).read_decision(asked + i) for i in range(3)] == [False, True, None]
 
 
 def test_when_worker_and_run_are_killed_all_ends_and_a_new_start_goes_on(served: Served):
     served.post("automations/", **silent_runs_crash(4).model_dump(mode="json"))  # and not after 90 s
+    before = served.deployments()
+    [weekly] = before["held-out"]["schedules"]
+    served.patch(f"deployments/{before['held-out']['id']}/schedules/{weekly['id']}", active=True)
+    served.patch(f"deployments/{before['math500']['id']}", paused=True)
     folder = served.folder / "runs" / "second"
     killed = served.run("runs/second")
     until(lambda: num_steps(folder) >= 2, "two steps")
-    following = served.run("runs/second", steps=num_steps(folder) + 2)
+    following = served.run("runs/second", num_steps=1)
     below = served.below()
     for process in below:
         if {"worker", "prefect.engine"} & set(process.cmdline()):
@@ -275,6 +295,23 @@ def test_when_worker_and_run_are_killed_all_ends_and_a_new_start_goes_on(served:
     served.start()
     served.wait(killed, "Crashed")
     served.wait(following, "Completed")
-    assert RunDir(folder).metrics()[: len(done)] == done
+    assert RunDir(folder).metrics()[: len(done) - 1] == done[:-1]
+    assert num_steps(folder) >= len(done)
+    check_that_only_what_a_user_set_has_changed(before, served.deployments())
+    below = served.below()
     served.stop()
     assert served.process.returncode == 0
+    assert not [process for process in below if process.is_running()]
+
+
+def check_that_only_what_a_user_set_has_changed(before: dict[str, Any], after: dict[str, Any]) -> None:
+    assert {name for name, each in after.items() if each["paused"]} == {"math500"}
+    active = {name for name, each in after.items() if any(one["active"] for one in each["schedules"])}
+    assert active == {"held-out"}
+    for name, deployment in after.items():
+        for same in ("id", "parameters", "tags", "description", "entrypoint", "job_variables"):
+            assert deployment[same] == before[name][same]
+        schedules = [
+            {one["id"]: one["schedule"] for one in each[name]["schedules"]} for each in (before, after)
+        ]
+        assert schedules[0] == schedules[1]
