@@ -14,18 +14,20 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
+from markupsafe import Markup
 
 from cat_grpo.inspector import reading, views
 from cat_grpo.inspector.curves import panels
 from cat_grpo.inspector.pages import FOLDER, accuracy_text, page, run_url
 from cat_grpo.inspector.reading import NotThere
 from cat_grpo.inspector.security import SCRIPT_HEADER, is_own_page, refuse_open_host, secure
-from cat_grpo.inspector.texts import compared
+from cat_grpo.inspector.texts import clipped, compared
 from cat_grpo.inspector.views import FILTERS, SORTS, View
 from cat_grpo.report import HEADLINE, warnings
 from cat_grpo.reviews import REVIEWS, Opinion, Review, accuracy, append_review, now
 from cat_grpo.rundir import RunDir
 from cat_grpo.selection import alarm
+from cat_grpo.tables import Row
 
 LONGEST_REVIEW = 16_384
 """Bytes."""
@@ -86,13 +88,16 @@ def compare_page(request: Request, a: str = "", b: str = "", step: int | None = 
     steps = reading.shared_steps(*runs)
     at = step if step is not None else max(steps, default=0)
     both = {
-        "panels": panels({f"{name} ": history for name, history in zip("AB", histories, strict=True)}),
+        "panels": panels(dict(zip("AB", histories, strict=True))),
         "headline": HEADLINE,
         "last": [reading.figures_at(history, len(history) - 1) for history in histories],
         "settings": reading.differences(reading.settings(runs[0]), reading.settings(runs[1])),
         "steps": steps,
         "step": at,
-        "problems": reading.shared_problems(*runs, at) if at in steps else [],
+        "problems": [
+            (*pair, _side_by_side(*pair))
+            for pair in (reading.shared_problems(*runs, at) if at in steps else [])
+        ],
     }
     return page("compare.html", names=names, a=a, b=b, both=both)
 
@@ -213,7 +218,7 @@ def run_page(request: Request, name: str, steps: str = "") -> Response:
         config=run.config,
         panels=panels({name: history}),
         last=reading.figures_at(history, len(history) - 1),
-        headline=HEADLINE,
+        headline={name: words for name, words in HEADLINE.items() if any(name in now for now in history)},
         warnings=warnings(history) if history else [],
         alarm=alarm(history, run.config.train) if history else None,
         differences=reading.differences(reading.settings(run), reading.default_settings()),
@@ -227,6 +232,13 @@ def run_page(request: Request, name: str, steps: str = "") -> Response:
 
 def _run(request: Request, name: str) -> RunDir:
     return reading.find_run(request.app.state.runs, name)
+
+
+def _side_by_side(ours: Row, theirs: Row) -> tuple[Markup, Markup]:
+    """The beginnings of two references, each with what the other lacks marked."""
+    texts = [clipped(row["reference"] or "none", 240) for row in (ours, theirs)]
+    first, [second] = compared(texts[0], texts[1:])
+    return first, second
 
 
 def _place(run: RunDir, name: str, step: int) -> dict[str, Any]:

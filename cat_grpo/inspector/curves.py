@@ -49,14 +49,15 @@ class Scale:
 
     first: int
     last: int
-    low: float
-    high: float
+    ticks: tuple[float, ...]
+    """Of the values, from the bottom of the picture to its top."""
 
     def x(self, step: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * (step - self.first) / max(self.last - self.first, 1)
 
     def y(self, value: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - self.low) / (self.high - self.low)
+        span = self.ticks[-1] - self.ticks[0]
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - self.ticks[0]) / span
 
 
 def panels(runs: Mapping[str, Sequence[Metrics]]) -> list[Panel]:
@@ -68,7 +69,8 @@ def panels(runs: Mapping[str, Sequence[Metrics]]) -> list[Panel]:
     for title, names in PANELS.items():
         curves: dict[tuple[str, str], Curve] = {}
         for i, (run, history) in enumerate(runs.items()):
-            for k, (label, curve) in enumerate(_curves(history, names).items()):
+            for label, curve in _curves(history, names).items():
+                k = [*names].index(label)
                 look = f"c{k}" if len(runs) == 1 else f"c{i} d{k}"
                 curves[look, label if len(runs) == 1 else f"{run}: {label}"] = curve
         if curves:
@@ -133,7 +135,7 @@ def _thinned(curve: Curve) -> list[tuple[int, float]]:
 
 def _axes(scale: Scale) -> Markup:
     parts = []
-    for value in _ticks(scale.low, scale.high):
+    for value in scale.ticks:
         y = scale.y(value)
         parts.append(
             Markup(
@@ -155,14 +157,13 @@ def _scale(curves: Sequence[Curve]) -> Scale:
     """From zero where nothing is below: a zoomed axis makes noise look like a trend."""
     steps = [step for curve in curves for step in curve]
     values = [value for curve in curves for value in curve.values()]
-    ticks = _ticks(min(0.0, *values), max(0.0, *values))
-    return Scale(min(steps), max(steps), ticks[0], ticks[-1])
+    return Scale(min(steps), max(steps), _ticks(min(0.0, *values), max(0.0, *values)))
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round values, the first not above `low` and the last not below `high`."""
+def _ticks(low: float, high: float) -> tuple[float, ...]:
+    """Two to six round values, the first not above `low` and the last not below `high`."""
     span = high - low or 1.0
     unit = 10.0 ** math.floor(math.log10(span / 3))
     size = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if span / (unit * factor) <= 4)
     first, last = math.floor(low / size + 1e-9), max(math.ceil(high / size - 1e-9), 1)
-    return [size * number for number in range(first, last + 1)]
+    return tuple(size * number for number in range(first, last + 1))

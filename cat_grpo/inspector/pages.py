@@ -36,7 +36,9 @@ def figure(value: Any, name: str = "") -> str:
         return f"{value:.1f} s"
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.3g}"
+    if 0 < abs(value) < 0.001:
+        return f"{value:.1e}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
 def accuracy_text(found: Accuracy) -> str:

@@ -54,9 +54,14 @@ def rendered(text: str) -> Markup:
 
 
 def cut(text: str, width: int) -> Markup:
-    """Its beginning in one line, for a cell of a table."""
+    """Its beginning, for a cell of a table."""
+    return rendered(clipped(text, width))
+
+
+def clipped(text: str, width: int) -> str:
+    """Its beginning in one line. A formula that is cut through is shown raw."""
     text = " ".join(text[: 4 * width].split())
-    return rendered(text) if len(text) <= width else rendered(text[:width]) + Markup("&hellip;")
+    return text if len(text) <= width else f"{text[:width]}…"
 
 
 def shown_name(text: str) -> Markup:
