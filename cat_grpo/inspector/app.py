@@ -219,7 +219,7 @@ def run_page(request: Request, name: str, steps: str = "") -> Response:
         panels=panels({name: history}),
         last=reading.figures_at(history, len(history) - 1),
         headline={name: words for name, words in HEADLINE.items() if any(name in now for now in history)},
-        warnings=warnings(history) if history else [],
+        warnings=list(warnings(history).values()) if history else [],
         alarm=alarm(history, run.config.train) if history else None,
         differences=reading.differences(reading.settings(run), reading.default_settings()),
         manifest=json.dumps(json.loads(manifest.read_text()), indent=2) if manifest.is_file() else "",

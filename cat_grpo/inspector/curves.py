@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from cat_grpo.metrics import Metrics, mean
-from cat_grpo.report import PANELS as REPORTED
+from cat_grpo.plots import PANELS as REPORTED
 from cat_grpo.selection import WINDOW
 
 Curve = Mapping[int, float]

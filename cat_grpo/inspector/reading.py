@@ -151,7 +151,7 @@ def steps_of(run: RunDir) -> list[int]:
 def summaries(run: RunDir, step: int, columns: Sequence[str]) -> pa.Table:
     """These columns of all groups of the step. NotThere where none is scored yet."""
     try:
-        return pq.read_table(run.summaries_file(step), columns=list(columns))
+        return _columns(run.summaries_file(step), columns)
     except FileNotFoundError:
         return _from_shards(run, step).select(list(columns))
 
@@ -240,7 +240,7 @@ def default_settings() -> dict[str, Any]:
 
 def figures_at(history: Sequence[Metrics], step: int) -> Metrics:
     """Of a step; empty while it has none. A figure that is no number is left out."""
-    now = history[step] if step < len(history) else {}
+    now = history[step] if 0 <= step < len(history) else {}
     return {name: value for name, value in now.items() if math.isfinite(value)}
 
 
@@ -273,11 +273,16 @@ def _read_shards(folder: Path, step: int, shards: tuple[tuple[int, int], ...]) -
 
 def _rollouts_at(path: Path, place: int) -> range:
     """The rows of the group in this place. A file has a row a rollout, and a group begins with number 0."""
-    numbers = pq.read_table(path, columns=["rollout"])["rollout"].to_pylist()
+    numbers = _columns(path, ["rollout"])["rollout"].to_pylist()
     starts = [row for row, number in enumerate(numbers) if number == 0]
     if place >= len(starts):
         raise NotThere(f"{path.name} has no group {place}")
     return range(starts[place], [*starts, len(numbers)][place + 1])
+
+
+def _columns(path: Path, names: Sequence[str]) -> pa.Table:
+    with pq.ParquetFile(path) as file:
+        return file.read(columns=list(names))
 
 
 def _rows_at(path: Path, places: Iterable[int]) -> list[Row]:

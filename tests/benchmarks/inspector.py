@@ -31,7 +31,7 @@ from cat_grpo.summaries import summarise_update
 NUM_STEPS, NUM_GROUPS, GROUP_SIZE = 50, 10_000, 8
 SHARD_SIZE = 1_000
 NUM_TOKENS = 200
-WORDS = "add carry the sum of both numbers therefore we see that so it is equal to a half".split()
+WORDS = ("add", "carry", "the", "sum", "of", "both", "numbers", "therefore", "equal", "to", "a", "half")
 PAGES = {
     "step": "",
     "step, page 150": "?page=150",
@@ -49,9 +49,7 @@ PAGES = {
 def scripted(i: int, draw: random.Random) -> ScoredGroup:
     """A group whose texts are of ordinary length; every hundredth prompt has a rare word."""
     rare = " quokka" if i % 100 == 0 else ""
-    problem = Problem(
-        f"p{i}", ({"role": "user", "content": f"{i}: {prose(draw, 60)}{rare}"},), "verifiable"
-    )
+    problem = Problem(f"p{i}", ({"role": "user", "content": f"{i}: {prose(draw, 60)}{rare}"},), "verifiable")
     tokens = tuple(draw.randrange(50_000) for _ in range(NUM_TOKENS))
     logprobs = tuple(-draw.random() for _ in range(NUM_TOKENS))
     answers = [str(draw.randrange(4)) for _ in range(GROUP_SIZE)]
