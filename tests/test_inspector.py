@@ -141,6 +141,12 @@ def test_comparing_is_bounded():
     assert marked.count("<mark>") == 1
 
 
+@pytest.mark.parametrize("sign", ["\\[", "\\(", "$a ", "\\boxed{", "{"])
+def test_signs_that_never_close_stay_as_they_are(sign: str):
+    """Were the search for what closes them not bounded, this would take minutes."""
+    assert rendered(sign * 20_000).unescape() == sign * 20_000
+
+
 def test_a_clipped_text_is_short_and_in_one_line():
     assert clipped("a\n b", 10) == "a b"
     assert len(clipped("a" * 10**6, 10)) == 11

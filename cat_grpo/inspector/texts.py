@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 from functools import lru_cache
 from html import unescape
+from itertools import groupby
 from xml.etree.ElementTree import Element
 
 from latex2mathml.converter import Converter
@@ -16,21 +17,23 @@ from markupsafe import Markup, escape
 
 LONGEST_FORMULA = 1_000
 """Characters. The parser recurses, and slows down faster than formulas grow."""
+MATHS_WITHIN = 10_000
+"""Characters of a text in which formulas are looked for: each sign that opens and never closes costs."""
 MOST_FORMULAS = 400
 """Of one text: those behind are shown raw."""
 MOST_WORDS = 400
 """Compared with another text: comparing takes the product of both lengths. What is behind has no marks."""
-BOXED = re.compile(r"\\boxed\s*\{")
 PLAIN_BOXED = re.compile(r"\\boxed\s*\{([^\\^_{}$]*)\}")
 """Words and numbers: as a formula they would lose their spaces."""
 MACROS = re.compile(r"\\(?:[exg]?def|(?:re)?newcommand|providecommand|let)\b")
 """A macro that uses another twice doubles the formula with every line."""
 MATHS = re.compile(
-    r"\$\$(?P<a>.+?)\$\$"
-    r"|\\\[(?P<b>.+?)\\\]"
-    r"|\\\((?P<c>.+?)\\\)"
+    r"\$\$(?P<a>.{1,1000}?)\$\$"
+    r"|\\\[(?P<b>.{1,1000}?)\\\]"
+    r"|\\\((?P<c>.{1,1000}?)\\\)"
     # A sum of money is no formula: no space inside the dollars, no digit behind them, all in one line.
-    r"|(?<![\\$])\$(?P<d>[^\s$](?:[^$\n]*[^\s$\\])?)\$(?!\d)",
+    r"|(?<![\\$])\$(?P<d>[^\s$](?:[^$\n]{0,1000}[^\s$\\])?)\$(?!\d)"
+    r"|(?P<boxed>\\boxed\s{0,9}\{)",
     re.DOTALL,
 )
 ELEMENTS = frozenset(
@@ -99,16 +102,13 @@ def _parts(text: str) -> Iterator[tuple[str, bool]]:
 
 def _formulas(text: str) -> Iterator[tuple[int, int]]:
     """Where formulas are, with their delimiters: between dollars or brackets, or a bare \\boxed{...}."""
-    place = 0
-    while place < len(text):
-        found = [hit for pattern in (MATHS, BOXED) if (hit := pattern.search(text, place))]
-        if not found:
+    place, text = 0, text[:MATHS_WITHIN]
+    while hit := MATHS.search(text, place):
+        end = _closing_brace(text, hit.end()) if hit["boxed"] else hit.end()
+        if end is None:
             return
-        hit = min(found, key=lambda hit: hit.start())
-        end = _closing_brace(text, hit.end()) if hit.re is BOXED else hit.end()
-        if end:
-            yield hit.start(), end
-        place = end or hit.end()
+        yield hit.start(), end
+        place = end
 
 
 def _closing_brace(text: str, start: int) -> int | None:
@@ -129,7 +129,7 @@ def _shown(part: str, is_maths: bool) -> Markup:
         return Markup('<span class="boxed">{}</span>').format(_escaped(plain[1]))
     formula = MATHS.fullmatch(part)
     is_block = part.startswith(("$$", "\\["))
-    latex = part if formula is None else next(inner for inner in formula.groups() if inner is not None)
+    latex = part if formula is None else next(filter(None, formula.groups()))
     return _mathml(latex, is_block) or _escaped(part)
 
 
@@ -188,7 +188,7 @@ def _matches(ours: Sequence[str], theirs: Sequence[str]) -> Iterator[tuple[int, 
         return
     words = [[i for i, unit in enumerate(side) if not unit.isspace()][:MOST_WORDS] for side in (ours, theirs)]
     sides = [[side[i] for i in chosen] for side, chosen in zip((ours, theirs), words, strict=True)]
-    matcher = SequenceMatcher(None, *sides, autojunk=False)
+    matcher = SequenceMatcher(None, *sides)
     for first, second, size in matcher.get_matching_blocks():
         yield from zip(words[0][first : first + size], words[1][second : second + size], strict=True)
 
@@ -198,10 +198,18 @@ def _marked(units: Sequence[tuple[str, bool]], matched: Sequence[bool]) -> Marku
     words = [i for i, (unit, _) in enumerate(units) if not unit.isspace()][:MOST_WORDS]
     differs = {i for i in words if not matched[i]}
     differs |= {i for i, (unit, _) in enumerate(units) if unit.isspace() and {i - 1, i + 1} <= differs}
-    shown, is_open = [], False
-    for i, unit in enumerate(units):
-        if (i in differs) != is_open:
-            is_open = not is_open
-            shown.append(Markup("<mark>") if is_open else Markup("</mark>"))
-        shown.append(_shown(*unit))
-    return Markup("").join([*shown, Markup("</mark>" if is_open else "")])
+    shown = []
+    for is_marked, run in groupby(range(len(units)), key=lambda i: i in differs):
+        text = _joined([units[i] for i in run])
+        shown.append(Markup("<mark>{}</mark>").format(text) if is_marked else text)
+    return Markup("").join(shown)
+
+
+def _joined(units: Sequence[tuple[str, bool]]) -> Markup:
+    """Words between two formulas are escaped at once."""
+    runs = groupby(units, key=lambda unit: unit[1])
+    return Markup("").join(
+        _shown(part, is_maths)
+        for is_maths, run in runs
+        for part in ((one for one, _ in run) if is_maths else ["".join(one for one, _ in run)])
+    )
