@@ -187,8 +187,8 @@ def _matches(ours: Sequence[str], theirs: Sequence[str]) -> Iterator[tuple[int, 
         yield from ((place, place) for place in range(len(ours)))
         return
     words = [[i for i, unit in enumerate(side) if not unit.isspace()][:MOST_WORDS] for side in (ours, theirs)]
-    sides = [[side[i] for i in chosen] for side, chosen in zip((ours, theirs), words, strict=True)]
-    matcher = SequenceMatcher(None, *sides)
+    first_words, second_words = [ours[i] for i in words[0]], [theirs[j] for j in words[1]]
+    matcher = SequenceMatcher(None, first_words, second_words)
     for first, second, size in matcher.get_matching_blocks():
         yield from zip(words[0][first : first + size], words[1][second : second + size], strict=True)
 
