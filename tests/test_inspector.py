@@ -8,6 +8,7 @@ import re
 from collections.abc import AsyncIterator
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree.ElementTree import Element
 
 import httpx
 import pyarrow.parquet as pq
@@ -19,9 +20,9 @@ from cat_grpo.cli import app as command_line
 from cat_grpo.cli import main
 from cat_grpo.inspector.app import create_app
 from cat_grpo.inspector.curves import panels
-from cat_grpo.inspector.reading import _rows_at, differences, find_run, read_group, run_names
+from cat_grpo.inspector.reading import NotThere, _rows_at, differences, find_run, read_group, run_names
 from cat_grpo.inspector.security import LOOPBACK, refuse_open_host
-from cat_grpo.inspector.texts import MOST_WORDS, clipped, compared, rendered
+from cat_grpo.inspector.texts import MOST_WORDS, _built, clipped, compared, rendered
 from cat_grpo.inspector.views import FILTERS, SORTS, View
 from cat_grpo.reviews import REVIEWS, read_reviews
 from cat_grpo.rundir import RunDir
@@ -107,6 +108,10 @@ def test_no_tag_or_attribute_of_a_text_gets_through(text: str):
     allowed = r"math|mrow|mi|mn|mo|mtext|mfrac|mtable|mtr|mtd|span"
     for tag in re.findall(r"<[^>]*>", rendered(text)):
         assert re.fullmatch(rf'</?({allowed})( (class|display|stretchy)="[\w-]+")*/?>', tag), tag
+
+
+def test_an_element_that_is_no_mathematics_becomes_a_row():
+    assert _built(Element("script", {"src": "x"})) == "<mrow></mrow>"
 
 
 def test_characters_that_hide_a_text_are_shown():
@@ -414,6 +419,9 @@ def test_runs_are_found_below_and_not_inside(tmp_path: Path):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.json").write_text("{}")
     assert run_names(tmp_path) == ["a", "b/c", "b/d/e"]
+    for name in (".hidden", "a/.", "b//c"):
+        with pytest.raises(NotThere):
+            find_run(tmp_path, name)
 
 
 @pytest.mark.parametrize(
@@ -505,7 +513,14 @@ async def test_no_other_site_can_review(runs: Path, client: httpx.AsyncClient, h
 
 @pytest.mark.parametrize(
     "change",
-    [{"name": " "}, {"name": "a" * 81}, {"opinion": "maybe"}, {"note": "a" * 2001}, {"note": "a" * 20_000}],
+    [
+        {"name": " "},
+        {"name": "a" * 81},
+        {"opinion": "maybe"},
+        {"note": "a" * 2001},
+        {"note": "a" * 20_000},
+        {"x": "a" * 20_000},
+    ],
 )
 async def test_an_unusable_review_is_refused(runs: Path, client: httpx.AsyncClient, change: dict[str, str]):
     told = await client.post("/run/plain/step/1/group/0/review", json=SAID | change, headers=OURS)
