@@ -166,6 +166,19 @@ def serve(
     serve_flows(runs, host, port, database)
 
 
+@app.command()
+def inspect(
+    runs: Annotated[Path, typer.Argument(metavar="RUNS_DIR", help="The folder that runs are in")],
+    host: Annotated[str, typer.Option(help="Another than loopback needs a token")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 4280,
+    token: Annotated[str | None, typer.Option(help="What a browser is asked for")] = None,
+) -> None:
+    """Look into runs in a browser: curves, references beside their rollouts, and what people say of them."""
+    from cat_grpo.inspector.app import serve
+
+    serve(runs, host, port, token)
+
+
 @lab_app.command("build")
 def lab_build(
     out: Annotated[Path, typer.Option(help="Where problems and model go")],

@@ -21,6 +21,9 @@ from cat_grpo.records import (
 
 Row = dict[str, Any]
 
+ROW_GROUP = 512
+"""Rows that a file's reader can skip or take as a whole: who wants one group need not read a whole shard."""
+
 ROLLOUTS = pa.schema(
     [
         ("problem_id", pa.string()),
@@ -135,7 +138,8 @@ def scored_from(
 
 def write_table(rows: Iterable[Row], schema: pa.Schema, path: Path) -> None:
     """The rows as one parquet file at `path`, which must not be read before this returns."""
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path)
+    table = pa.Table.from_pylist(list(rows), schema=schema)
+    pq.write_table(table, path, row_group_size=ROW_GROUP)
 
 
 def read_table(path: Path) -> list[Row]:

@@ -22,7 +22,9 @@ ROOMS = {
     "aiolimiter": {"engines.pool"},
     "datasets": {"data"},
     "defusedxml": {"rubrics"},
-    "jinja2": {"prompts"},
+    "fastapi": {"inspector.app", "inspector.pages", "inspector.security"},
+    "jinja2": {"inspector.pages", "prompts"},
+    "latex2mathml": {"inspector.texts"},
     "math_verify": {"answers"},
     "matplotlib": {"plots"},
     "openai": {"engines.pool"},
@@ -30,6 +32,7 @@ ROOMS = {
     "ray": {"ranks"},
     "rich": {"cli"},
     "typer": {"cli"},
+    "uvicorn": {"inspector.app"},
     "vllm": {"engines.vllm", "engines.vllm_worker"},
 }
 STAGES = {"rollouts", "references", "rubrics", "rewards", "batches", "learner", "checkpoints"}

@@ -1,0 +1,1 @@
+"""The web pages on a folder of runs: read what training left behind, compare, and review references."""
