@@ -21,6 +21,7 @@ from cat_grpo.engines.scripted import ScriptedEngine
 from cat_grpo.evaluate import LabelledProblem, evaluate, load_labelled, points_f1
 from cat_grpo.presets import load_config
 from cat_grpo.records import Generation, Group, Messages, Problem
+from cat_grpo.shipped import shipped
 
 # Verifiable problems
 
@@ -417,3 +418,10 @@ def test_only_they_know_the_reader_of_gold():
     knowing = {name for name, known in imported_rooms().items() if "evaluate" in known}
     assert knowing <= READERS_OF_GOLD
     assert "step" in knowing
+
+
+def test_the_labs_held_out_files_have_names():
+    assert {item.problem.kind for item in load_labelled(Path("lab:verifiable"))} == {"verifiable"}
+    assert load_labelled(Path("lab:open"), 3) == load_labelled(
+        shipped("data", "lab", "open", "heldout.jsonl"), 3
+    )

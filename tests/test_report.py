@@ -21,6 +21,7 @@ from cat_grpo.report import (
     MAX_ROLLOUTS,
     MAX_ROWS,
     figures_table,
+    gate_markdown,
     group_markdown,
     reference_rows,
     run_markdown,
@@ -200,3 +201,12 @@ def test_the_report_of_a_run_has_its_ends_its_checkpoints_and_what_people_say():
     assert "| 1 | 0.500 |" in page
     assert "People found **3 of 4** reviewed references right." in page
     assert "People" not in run_markdown(history, TrainConfig(steps=30), Accuracy(0, 0, 1))
+
+
+def test_a_person_decides_on_every_reference_as_it_is():
+    page = gate_markdown(4, [scored_group(reference="a | b <b>"), scored_group(reference=None)])
+    head, *_, first, second = page.strip().splitlines()
+    assert head == "Step 5: 2 of 2 references"
+    assert r"a \| b \<b\>" in first
+    assert first.count(" | ") == second.count(" | ") == 5
+    assert len(json.dumps(gate_markdown(0, [endless_group("<" * 9999)] * 99))) < 2 * MAX_BYTES
