@@ -171,7 +171,9 @@ def inspect(
     runs: Annotated[Path, typer.Argument(metavar="RUNS_DIR", help="The folder that runs are in")],
     host: Annotated[str, typer.Option(help="Another than loopback needs a token")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 4280,
-    token: Annotated[str | None, typer.Option(help="What a browser is asked for")] = None,
+    token: Annotated[
+        str | None, typer.Option(help="What a browser is asked for", envvar="CAT_GRPO_INSPECTOR_TOKEN")
+    ] = None,
 ) -> None:
     """Look into runs in a browser: curves, references beside their rollouts, and what people say of them."""
     from cat_grpo.inspector.app import serve

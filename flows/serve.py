@@ -34,30 +34,21 @@ HEARTBEAT_S = 30
 """Prefect allows no shorter one for its flows."""
 
 
-def serve(
-    runs: Path,
-    host: str = "127.0.0.1",
-    port: int = 4200,
-    database: str | None = None,
-    inspector: Sequence[str] | None = None,
-) -> None:
+def serve(runs: Path, host: str = "127.0.0.1", port: int = 4200, database: str | None = None) -> None:
     """Server on `port`, inspector on the next one, and a worker, until Ctrl-C or SIGTERM.
 
-    `database` is the server's, by default SQLite in PREFECT_HOME. `inspector` is the command that serves it.
-    ValueError for a port that is taken, ChildProcessError when one of them dies: then all end.
+    `database` is the server's, by default SQLite in PREFECT_HOME. ValueError for a port that is
+    taken, ChildProcessError when one of them dies: then all end.
     """
     token = _token(host)
     for wanted in (port, port + 1):
         _refuse_taken(host, wanted)
     address, inspected = f"http://{host}:{port}", f"http://{host}:{port + 1}"
-    inspect = (*CLI, "inspect", str(runs), "--host", host, "--port", str(port + 1))
-    if token:
-        inspect = (*inspect, "--token", token)
     environment = _environment(address, inspected, runs)
     services = Services(PREFECT_HOME.value() / "cat-grpo")
     previous = [(each, signal.signal(each, signal.default_int_handler)) for each in ENDINGS]
     try:
-        _start(services, runs, address, environment, database, tuple(inspector or inspect))
+        _start(services, runs, (host, port), environment, database, token)
         page = f"{inspected}/?token={token}" if token else inspected
         print(_welcome(address, page, services.logs), flush=True)
         services.watch()
@@ -148,18 +139,21 @@ def gpus() -> list[str]:
 def _start(
     services: Services,
     runs: Path,
-    address: str,
+    where: tuple[str, int],
     environment: Mapping[str, str],
     database: str | None,
-    inspector: Sequence[str],
+    token: str | None,
 ) -> None:
-    host, _, port = address.removeprefix("http://").rpartition(":")
-    where = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": database} if database else {}
-    command = (*PREFECT, "server", "start", "--host", host, "--port", port)
-    services.start("server", command, {**environment, **where})
-    _wait_until_healthy(services, f"{address}/api/health")
+    host, port = where
+    own = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": database} if database else {}
+    command = (*PREFECT, "server", "start", "--host", host, "--port", str(port))
+    services.start("server", command, {**environment, **own})
+    _wait_until_healthy(services, f"http://{host}:{port}/api/health")
     runs.mkdir(parents=True, exist_ok=True)
-    services.start("inspector", inspector, environment)
+    # Told by the environment: command lines can be read by everybody on a machine.
+    own = {"CAT_GRPO_INSPECTOR_TOKEN": token} if token else {}
+    command = (*CLI, "inspect", str(runs), "--host", host, "--port", str(port + 1))
+    services.start("inspector", command, {**environment, **own})
     devices = gpus()
     asyncio.run(apply(shipped("prefect.yaml"), max(1, len(devices)), HEARTBEAT_S, environment))
     services.check()

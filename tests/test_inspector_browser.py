@@ -6,21 +6,17 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvicorn
-from test_browser import CHROMIUM, FLAGS, PATIENCE_S
 
+from browsing import MARKS, PATIENCE_S, a_page
 from cat_grpo.inspector.app import create_app
 from cat_grpo.reviews import REVIEWS, read_reviews
 from inspecting import HOSTILE_NAME, hostile_groups, make_run, plain_groups
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the path"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture
@@ -47,16 +43,12 @@ def address(runs: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def page() -> Iterator["sync_api.Page"]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.set_default_timeout(1000 * PATIENCE_S)
+def page() -> Iterator[Any]:
+    with a_page(1280) as page:
         yield page
-        browser.close()
 
 
-def test_no_text_of_a_model_runs(address: str, page: "sync_api.Page"):
+def test_no_text_of_a_model_runs(address: str, page: Any):
     """Every page of the hostile run, with what the browser complains of, and every host that it asks."""
     alarms: list[str] = []
     page.on("dialog", lambda dialog: (alarms.append(dialog.message), dialog.dismiss()))
@@ -81,7 +73,7 @@ def test_no_text_of_a_model_runs(address: str, page: "sync_api.Page"):
 
 
 def test_a_person_filters_opens_and_reviews_with_the_keyboard(
-    runs: Path, address: str, page: "sync_api.Page", tmp_path: Path
+    runs: Path, address: str, page: Any, tmp_path: Path
 ):
     page.goto(address)
     page.get_by_role("link", name="plain", exact=True).click()
@@ -111,7 +103,7 @@ def test_a_person_filters_opens_and_reviews_with_the_keyboard(
     assert said == [(2, "wrong"), (0, "right")]
 
 
-def test_search_and_keys(address: str, page: "sync_api.Page"):
+def test_search_and_keys(address: str, page: Any):
     page.goto(f"{address}/run/plain/step/1")
     page.keyboard.press("/")
     page.keyboard.type("äpfel")
@@ -124,21 +116,18 @@ def test_search_and_keys(address: str, page: "sync_api.Page"):
 
 
 def test_a_form_without_scripts_reviews_too(runs: Path, address: str):
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_context(java_script_enabled=False).new_page()
+    with a_page(has_scripts=False) as page:
         page.goto(f"{address}/run/plain/step/1/group/0?sort=reward")
         page.get_by_label("Your name").fill("Grace")
         page.get_by_label("Note").fill("by hand")
         page.get_by_role("button", name="Unsure").click()
         page.get_by_text("by hand").wait_for()
         assert page.url.endswith("/group/0?sort=reward#review")
-        browser.close()
     [line] = (runs / "plain" / REVIEWS).read_text().splitlines()
     assert json.loads(line)["opinion"] == "unsure"
 
 
-def test_another_site_cannot_review(runs: Path, address: str, page: "sync_api.Page"):
+def test_another_site_cannot_review(runs: Path, address: str, page: Any):
     """Its form reaches the inspector, which does not take it."""
     other = address.replace("127.0.0.1", "localhost")
     form = f'<form method="post" action="{address}/run/plain/step/1/group/0/review">'

@@ -4,16 +4,12 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
-import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
-import psutil
 import pytest
 import yaml
 
@@ -22,130 +18,9 @@ from cat_grpo.config import Config
 from cat_grpo.presets import preset_names
 from cat_grpo.rundir import RunDir
 from cat_grpo.shipped import shipped
+from dashboard import PATIENCE_S, Served, num_steps, two_free_ports, until
 from flows.deployments import silent_runs_crash
 from flows.serve import gpus, serve
-
-PATIENCE_S = 180
-ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
-START = """
-import sys
-from pathlib import Path
-from flows.serve import serve
-inspector = [sys.executable, "-m", "http.server", sys.argv[2], "--bind", "127.0.0.1"]
-try:
-    serve(Path("runs"), port=int(sys.argv[1]), database=sys.argv[3] or None, inspector=inspector)
-except ChildProcessError as error:
-    sys.exit(f"stopped: {error}")
-"""
-
-
-class Served:
-    """`cat-grpo serve` in a folder of its own, and its server's API."""
-
-    def __init__(self, folder: Path, database: str | None) -> None:
-        self.folder, self.database, self.port = folder, database, two_free_ports()
-        self.url = f"http://127.0.0.1:{self.port}/api"
-        self.start()
-
-    def start(self) -> None:
-        environment = os.environ | {
-            "PREFECT_HOME": str(self.folder / "prefect"),
-            "PREFECT_WORKER_QUERY_SECONDS": "1",
-            "PYTHONPATH": str(Path(__file__).parent.parent),
-        }
-        command = [sys.executable, "-c", START, str(self.port), str(self.port + 1), self.database or ""]
-        with (self.folder / "serve.log").open("w") as log:
-            self.process = subprocess.Popen(
-                command, cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
-        until(lambda: "Ctrl-C stops" in self.said() or self.process.poll() is not None, "serve is up")
-        assert self.process.poll() is None, self.said()
-
-    def said(self) -> str:
-        return (self.folder / "serve.log").read_text()
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(PATIENCE_S)
-
-    def below(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def get(self, path: str) -> Any:
-        return httpx.get(f"{self.url}/{path}").raise_for_status().json()
-
-    def post(self, path: str, **body: Any) -> Any:
-        return httpx.post(f"{self.url}/{path}", json=body).raise_for_status().json()
-
-    def patch(self, path: str, **body: Any) -> None:
-        httpx.patch(f"{self.url}/{path}", json=body).raise_for_status()
-
-    def deployments(self) -> dict[str, dict[str, Any]]:
-        return {each["name"]: each for each in self.post("deployments/filter")}
-
-    def run(self, run_dir: str, num_steps: int = 1000, **train: Any) -> str:
-        """Starts a small training run, as the form of the dashboard does. Returns its id."""
-        deployment = self.deployments()["lab-verifiable"]
-        config = deployment["parameters"]["config"] | {
-            "train": {"problems_per_step": 4, "shard_size": 4, "checkpoint_every": 1, "steps": 1000} | train,
-            "rollout": {"max_tokens": 16, "group_size": 4},
-            "budget": {"steps": num_steps},
-        }
-        made = self.post(
-            f"deployments/{deployment['id']}/create_flow_run",
-            parameters={"config": config, "run_dir": run_dir},
-        )
-        return made["id"]
-
-    def state(self, flow_run: str) -> str:
-        return self.get(f"flow_runs/{flow_run}")["state"]["name"]
-
-    def wait(self, flow_run: str, name: str) -> None:
-        def is_there() -> bool:
-            state = self.get(f"flow_runs/{flow_run}")["state"]
-            assert state["name"] == name or state["type"] not in ENDED, (state, self.log("worker-0"))
-            return state["name"] == name
-
-        until(is_there, name)
-
-    def cancel(self, flow_run: str) -> None:
-        self.post(f"flow_runs/{flow_run}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
-
-    def form(self, flow_run: str) -> dict[str, Any]:
-        """What the dashboard shows for a run that is paused."""
-        keys = self.get(f"flow_runs/{flow_run}")["state"]["state_details"]["run_input_keyset"]
-        schema = self.get(f"flow_runs/{flow_run}/input/{keys['schema']}")
-        return schema | {"description": self.get(f"flow_runs/{flow_run}/input/{keys['description']}")}
-
-    def answer(self, flow_run: str, **run_input: Any) -> None:
-        assert self.post(f"flow_runs/{flow_run}/resume", run_input=run_input)["status"] == "ACCEPT"
-
-    def log(self, name: str) -> str:
-        return (self.folder / "prefect" / "cat-grpo" / f"{name}.log").read_text()[-5000:]
-
-
-def until(is_so: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not is_so():
-        assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.1)
-
-
-def two_free_ports() -> int:
-    """The first of two, one after the other."""
-    for port in range(20000 + os.getpid() % 20000, 65000):
-        with socket.socket() as one, socket.socket() as two:
-            try:
-                one.bind(("127.0.0.1", port))
-                two.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return port
-    raise AssertionError("no two ports are free")
-
-
-def num_steps(folder: Path) -> int:
-    return len(RunDir(folder).metrics()) if (folder / "config.json").exists() else 0
 
 
 @pytest.fixture(scope="module")

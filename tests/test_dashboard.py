@@ -1,0 +1,133 @@
+"""The user's stories in a browser, on what `cat-grpo serve` starts: schedule, train, inspect, review."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from browsing import MARKS, a_page
+from cat_grpo.reviews import REVIEWS, read_reviews
+from cat_grpo.rundir import RunDir
+from dashboard import Served, num_steps, until
+
+pytestmark = MARKS
+
+PICTURES = os.environ.get("PICTURES")
+"""A folder to keep what the tests see, for the README."""
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    serving = Served(tmp_path_factory.mktemp("dashboard"), None)
+    yield serving
+    serving.stop()
+
+
+@pytest.fixture
+def page() -> Iterator[Any]:
+    with a_page() as page:
+        yield page
+
+
+def start_from_form(page: Any, served: Served, run_dir: str, num_steps: int) -> str:
+    """As a person does: Deployments, Run, Custom run, the form. Returns the address of the run's page."""
+    page.goto(f"{served.url.removesuffix('/api')}/v2/deployments")
+    page.get_by_role("link", name="lab-verifiable").first.click()
+    page.get_by_role("button", name="Run", exact=True).first.click()
+    page.get_by_text("Custom run").first.click()
+    page.get_by_label("Steps (Optional)", exact=True).first.fill(str(num_steps))
+    page.get_by_label("Problems Per Step (Optional)").fill("16")
+    page.get_by_label("Group Size (Optional)").fill("4")
+    page.get_by_label("run_dir").fill(run_dir)
+    page.get_by_role("button", name="Submit").click()
+    page.get_by_role("link", name="View run").click()
+    page.get_by_text("worker-0", exact=False).first.wait_for()
+    return page.url
+
+
+def picture(page: Any, name: str) -> None:
+    if PICTURES:
+        page.mouse.move(0, 0)
+        page.screenshot(path=Path(PICTURES) / f"{name}.png")
+
+
+def test_a_run_from_the_form_to_a_reviewed_reference(served: Served, page: Any):
+    folder = served.folder / "runs" / "first"
+    start_from_form(page, served, "runs/first", 2)
+    page.get_by_text("Completed", exact=True).first.wait_for()
+    picture(page, "run")
+    assert len(RunDir(folder).metrics()) == 2
+
+    page.get_by_role("tab", name="Artifacts").click()
+    page.get_by_text("runs-first-report").first.wait_for()
+    page.get_by_text("runs-first-references").first.click()
+    rows = [row.reference.text for step in (0, 1) for row in RunDir(folder).read_step(step)]
+    known = {text for text in rows if text}
+    page.get_by_role("row").nth(1).wait_for()
+    shown = {cell.inner_text() for cell in page.get_by_role("cell").all()}
+    assert known & shown
+    page.go_back()
+    page.get_by_text("runs-first-step").first.click()
+    page.get_by_role("link", name="Every group of this step in the inspector").click()
+
+    page.get_by_role("link", name="differs from every rollout").click()
+    found = [
+        (step, i)
+        for step in (0, 1)
+        for i, group in enumerate(RunDir(folder).read_step(step))
+        if group.reference.text and all(score.reward == 0.0 for score in group.scores)
+    ]
+    step = int(re.search(r"/step/(\d+)", page.url).group(1))  # type: ignore[union-attr]
+    here = [i for at, i in found if at == step]
+    links = page.locator("a[data-row]")
+    assert [int(link.inner_text()) - 1 for link in links.all()] == here
+    picture(page, "step")
+    page.keyboard.press("j")
+    page.keyboard.press("Enter")
+    page.locator("#name").fill("Ada")
+    page.locator("h1").click()  # out of the field: keys are letters there
+    assert page.locator('[data-accuracy="run"]').first.inner_text() == "—"
+    page.keyboard.press("w")
+    page.locator('[data-accuracy="run"]', has_text="0%").first.wait_for()
+    page.keyboard.press("r")
+    page.locator('[data-accuracy="run"]', has_text="100%").first.wait_for()
+    picture(page, "group")
+    said = read_reviews(folder / REVIEWS)
+    assert [(one.name, one.step, one.group, one.opinion) for one in said] == [
+        ("Ada", step, here[0], "wrong"),
+        ("Ada", step, here[0], "right"),
+    ]
+
+
+def test_a_run_is_paused_resumed_cancelled_and_goes_on(served: Served, page: Any):
+    folder = served.folder / "runs" / "second"
+    address = start_from_form(page, served, "runs/second", 500)
+    until(lambda: num_steps(folder) >= 2, "two steps")
+    from_menu(page, "Pause")
+    page.get_by_text("paused in the dashboard").first.wait_for()
+    page.get_by_text("Paused", exact=True).first.wait_for()
+    done = num_steps(folder)
+    from_menu(page, "Resume")
+    until(lambda: num_steps(folder) > done, "another step")
+
+    from_menu(page, "Cancel")
+    page.get_by_text("Cancelled", exact=True).first.wait_for()
+    done = num_steps(folder)
+    kept = RunDir(folder).checkpoints / "latest"
+    start_from_form(page, served, "runs/second", done + 1)
+    assert page.url != address
+    page.get_by_text("Completed", exact=True).first.wait_for()
+    assert num_steps(folder) == done + 1
+    assert kept.resolve().name == f"{done + 1:06d}"
+
+
+def from_menu(page: Any, what: str) -> None:
+    """Of the run's page: the entry of its menu, and what is asked to confirm it."""
+    page.locator('button[aria-haspopup="menu"]').last.click()
+    page.get_by_role("menuitem", name=what).click()
+    asked = page.get_by_role("dialog").or_(page.get_by_role("alertdialog"))
+    asked.get_by_role("button", name=re.compile(f"^(Confirm|{what}|{what} Flow Run|Submit)$")).last.click()
+    asked.wait_for(state="hidden")
