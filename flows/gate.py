@@ -1,16 +1,10 @@
-"""A flow that waits for people: paused in the dashboard, or until a step's references are accepted there."""
+"""The human gate: a flow that waits in the dashboard until a person has accepted a step's references."""
 
-import asyncio
 import logging
 from typing import Literal
-from uuid import UUID
 
-import httpx
-from prefect.client.orchestration import get_client
-from prefect.exceptions import PrefectException
 from prefect.flow_runs import apause_flow_run
 from prefect.input import RunInput
-from prefect.runtime import flow_run
 from prefect.settings import get_current_settings
 from pydantic import Field
 
@@ -41,29 +35,6 @@ def refuse_unseen(config: TrainConfig) -> None:
     """ValueError for a gate that nobody could open: on Prefect's temporary server there is no dashboard."""
     if config.review_gate and not get_current_settings().api.url:
         raise ValueError("train.review_gate: asks in the dashboard: start the run there, with cat-grpo serve")
-
-
-async def while_paused() -> None:
-    """Returns once the flow run is not paused: Prefect itself only notes that somebody pressed *Pause*."""
-    if not get_current_settings().api.url:
-        return
-    told = False
-    while await _is_paused():
-        if not told:
-            log.info("paused in the dashboard, until somebody resumes it there")
-            told = True
-        await asyncio.sleep(POLL_S)
-
-
-async def _is_paused() -> bool:
-    """False where the server does not answer: training goes on without it."""
-    try:
-        async with get_client() as client:
-            state = (await client.read_flow_run(UUID(flow_run.id))).state
-    except (httpx.HTTPError, PrefectException) as error:
-        log.warning("the server could not be asked for a pause: %s: %s", type(error).__name__, error)
-        return False
-    return state is not None and state.is_paused()
 
 
 async def ask(run: RunDir, step: int) -> bool:

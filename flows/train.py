@@ -13,7 +13,7 @@ from cat_grpo.config import BudgetConfig, Config
 from cat_grpo.selection import alarm
 from cat_grpo.step import Loop, Stage, open_loop, train_step
 from flows.artifacts import Dashboard
-from flows.gate import ask, refuse_unseen, while_paused
+from flows.gate import ask, refuse_unseen
 from flows.secrets import read_secrets
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,6 @@ async def _train_on(loop: Loop, started: float) -> None:
     accept = partial(ask, loop.run) if settings.review_gate else None
     async with Dashboard(loop.run) as dashboard:
         for step in range(loop.next_step, settings.steps):
-            await while_paused()
             begun = time.monotonic()
             await train_step(loop, step, as_task, accept)
             seconds.append(time.monotonic() - begun)

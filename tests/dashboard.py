@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,14 @@ class Served:
 
     def below(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
+
+    def engines(self) -> list[psutil.Process]:
+        """The processes of the runs that are under way."""
+        found = []
+        for process in self.below():
+            with suppress(psutil.NoSuchProcess):  # it ends just now
+                found += [process] if "prefect.engine" in process.cmdline() else []
+        return found
 
     def get(self, path: str) -> Any:
         return httpx.get(f"{self.url}/{path}").raise_for_status().json()

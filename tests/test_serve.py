@@ -122,7 +122,7 @@ def test_a_cancelled_run_ends_and_the_one_that_waited_goes_on_when_people_let_it
     folder = served.folder / "runs" / "first"
     first = served.run("runs/first")
     until(lambda: num_steps(folder) >= 2, "two steps")
-    [engine] = [each for each in served.below() if "prefect.engine" in each.cmdline()]
+    [engine] = served.engines()
     processes = [engine, *engine.children(recursive=True)]
     second = served.run("runs/first", num_steps=2, review_gate=True)
     served.cancel(first)

@@ -42,10 +42,11 @@ def figure(value: Any, name: str = "") -> str:
 
 
 def accuracy_text(found: Accuracy) -> str:
-    """With its standard error, and what it was counted from."""
+    """With its standard error, where not all are alike, and what it was counted from."""
     if found.mean is None:
         return f"— ({found.unsure} unsure)" if found.unsure else "—"
-    told = f"{found.mean:.1%} ± {found.standard_error or 0.0:.1%} of {found.right + found.wrong}"
+    error = f" ± {found.standard_error:.1%}" if found.standard_error else ""
+    told = f"{found.mean:.1%}{error} of {found.right + found.wrong}"
     return f"{told}, {found.unsure} unsure" if found.unsure else told
 
 
