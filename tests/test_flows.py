@@ -97,6 +97,15 @@ async def test_a_training_run(tiny: Tiny, tmp_path: Path):
     assert not temporary_files(folder)
 
 
+async def test_a_large_step_is_as_few_task_runs_and_its_pages_stay_small(tiny: Tiny, tmp_path: Path):
+    large = ("train.steps=1", "train.problems_per_step=256", "train.shard_size=8", "rollout.group_size=2")
+    state = await train(tiny(*large), str(tmp_path / "run"), return_state=True)
+    seen = await run_of(state, num_tasks=5)
+    assert sorted(seen["tasks"]) == sorted(f"{stage}-000000" for stage in (*STAGES, "update", "checkpoint"))
+    assert len(RunDir(tmp_path / "run").read_step(0)) == 256
+    assert all(len(json.dumps(artifact.data)) < 50_000 for artifact in seen["artifacts"])
+
+
 async def test_a_finished_run_does_nothing(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     await train(tiny("train.steps=1"), str(tmp_path / "run"))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").rglob("*")}

