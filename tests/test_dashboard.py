@@ -13,6 +13,8 @@ from cat_grpo.reviews import REVIEWS, read_reviews
 from cat_grpo.rundir import RunDir
 from dashboard import Served, num_steps, until
 
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
 pytestmark = MARKS
 
 PICTURES = os.environ.get("PICTURES")
@@ -45,8 +47,13 @@ def start_from_form(page: Any, served: Served, run_dir: str, num_steps: int) -> 
     page.get_by_label("Group Size (Optional)").fill("4")
     page.get_by_label("run_dir").fill(run_dir)
     before = {run["id"] for run in served.post("flow_runs/filter")}
-    page.get_by_role("button", name="Submit").click()
-    page.wait_for_url(re.compile("tab=Runs"))
+    submit = page.get_by_role("button", name="Submit")
+    submit.click()
+    try:
+        page.wait_for_url(re.compile("tab=Runs"), timeout=20_000)
+    except sync_api.TimeoutError:  # a busy browser loses a click now and then
+        submit.click()
+        page.wait_for_url(re.compile("tab=Runs"))
     [made] = [run["id"] for run in served.post("flow_runs/filter") if run["id"] not in before]
     page.goto(f"{ui}/v2/runs/flow-run/{made}")
 
