@@ -64,12 +64,12 @@ class Clock(logging.Handler):
         self.last = now
 
 
-async def bare(overrides: list[str], run: Path) -> list[float]:
+async def bare(preset: str, overrides: list[str], run: Path) -> list[float]:
     from cat_grpo.presets import load_config
     from cat_grpo.selection import alarm
     from cat_grpo.step import open_loop, train_step
 
-    loop = await open_loop(load_config("lab-verifiable", None, overrides), run)
+    loop = await open_loop(load_config(preset, None, overrides), run)
     seconds = []
     for step in range(loop.next_step, loop.config.train.steps):
         started = time.monotonic()
@@ -80,18 +80,18 @@ async def bare(overrides: list[str], run: Path) -> list[float]:
     return seconds[1:]
 
 
-async def orchestrated(overrides: list[str], run: Path) -> list[float]:
+async def orchestrated(preset: str, overrides: list[str], run: Path) -> list[float]:
     from cat_grpo.presets import load_config
     from flows.train import train
 
     clock = Clock()
     logging.getLogger("flows").addHandler(clock)
-    await train(load_config("lab-verifiable", None, overrides), str(run))
+    await train(load_config(preset, None, overrides), str(run))
     logging.getLogger("flows").removeHandler(clock)
     return clock.seconds
 
 
-def measure(rounds: int) -> dict[str, Any]:
+def measure(preset: str, rounds: int) -> dict[str, Any]:
     ways = {"bare": bare, "orchestrated": orchestrated}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as address:
@@ -99,7 +99,7 @@ def measure(rounds: int) -> dict[str, Any]:
         for done in range(rounds):
             overrides = [f"train.steps={STEPS * (done + 1)}"]
             for name, way in ways.items():
-                seconds[name] += asyncio.run(way(overrides, Path(folder) / "runs" / name))
+                seconds[name] += asyncio.run(way(preset, overrides, Path(folder) / "runs" / name))
         figures = [
             [json.loads(line)["reward/mean"] for line in path.read_text().splitlines()]
             for path in (Path(folder) / "runs" / name / "metrics.jsonl" for name in ways)
@@ -119,9 +119,10 @@ def measure(rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--presets", nargs="+", default=["lab-verifiable", "lab-open"])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    figures = measure(arguments.rounds)
+    figures = {preset: measure(preset, arguments.rounds) for preset in arguments.presets}
     print(json.dumps(figures, indent=2))
     if arguments.out:
         arguments.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
