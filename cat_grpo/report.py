@@ -109,15 +109,14 @@ def reference_rows(scored: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
 
 def gate_markdown(step: int, scored: Sequence[ScoredGroup]) -> str:
     """What a person reads before the references may train the policy, in one table."""
+    rows = [_reference_row(group) for group in scored[:MAX_ROWS]]
 
     def table(width: int) -> str:
-        rows = [_reference_row(group) for group in scored[:MAX_ROWS]]
         return _table(
             list(rows[0]), [[_cell(str(_plain(cell, width)), width) for cell in row.values()] for row in rows]
         )
 
-    shown = min(len(scored), MAX_ROWS)
-    return f"Step {step + 1}: {shown} of {len(scored)} references\n\n{_fitting(table)}\n"
+    return f"Step {step + 1}: {len(rows)} of {len(scored)} references\n\n{_fitting(table)}\n"
 
 
 def table_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -125,6 +124,11 @@ def table_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return _fitting(
         lambda width: [{name: _plain(cell, width) for name, cell in row.items()} for row in rows[:MAX_ROWS]]
     )
+
+
+def metric_words(name: str) -> str:
+    """Of a metric, without its section and unit."""
+    return name.partition("/")[2].removesuffix("_frac").removesuffix("_s").replace("_", " ")
 
 
 def figures_table(figures: Mapping[str, float]) -> str:
@@ -151,8 +155,7 @@ def _all_figures(history: Sequence[Metrics]) -> str:
         members = [name for name in _means(now) if name.startswith(f"{section}/")]
         rows += [[f"**{section}**", "", "", ""]] if members else []
         for name in members:
-            words = name.partition("/")[2].removesuffix("_frac").removesuffix("_s").replace("_", " ")
-            rows.append([words, _figure(now, name), _late(recent, name), _figure(first, name)])
+            rows.append([metric_words(name), _figure(now, name), _late(recent, name), _figure(first, name)])
     return _table(["", "this step", f"mean of {len(recent)}", "step 1"], rows)
 
 

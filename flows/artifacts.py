@@ -37,8 +37,8 @@ T = TypeVar("T")
 
 INSPECTOR_URL, INSPECTED = "CAT_GRPO_INSPECTOR_URL", "CAT_GRPO_INSPECTED"
 """Where the inspector is, and the folder of runs that it shows: `cat-grpo serve` tells its runs."""
-ALARM = "cat_grpo.alarm"
-"""The event that automations can wait for."""
+ALARM, RUN_RESOURCE = "cat_grpo.alarm", "cat_grpo.run."
+"""The event that automations can wait for, and how the id of a run that it is about begins."""
 
 
 class Dashboard:
@@ -56,10 +56,10 @@ class Dashboard:
     async def __aexit__(self, *_: object) -> None:
         await self._shown()
 
-    async def show_step(self, step: int, alarm: str | None) -> None:
-        """The step's figures and references; the curves too where the step has a checkpoint."""
+    async def show_step(self, history: Sequence[Metrics], alarm: str | None) -> None:
+        """The last step's figures and references; the curves too where it has a checkpoint."""
         await self._shown()
-        self._showing = asyncio.create_task(self._show_step(step, self.run.metrics(), alarm))
+        self._showing = asyncio.create_task(self._show_step(len(history) - 1, history, alarm))
 
     async def _shown(self) -> None:
         if self._showing:
@@ -110,7 +110,7 @@ class Dashboard:
             emit_event(
                 ALARM,
                 resource={
-                    "prefect.resource.id": f"cat_grpo.run.{self._key}",
+                    "prefect.resource.id": f"{RUN_RESOURCE}{self._key}",
                     "prefect.resource.name": str(self.run.path),
                     "cat_grpo.alarm.about": about,
                 },

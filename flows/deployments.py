@@ -22,6 +22,8 @@ from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.workers.process import ProcessWorker
 
+from flows.artifacts import ALARM, RUN_RESOURCE
+
 POOL = "cat-grpo"
 PREFECT = (sys.executable, "-m", "prefect")
 ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
@@ -72,9 +74,9 @@ def alarm_pauses() -> AutomationCore:
         description="A run that an alarm stopped stays stopped: its schedule would only find that out again.",
         enabled=False,
         trigger=EventTrigger(
-            match={"prefect.resource.id": "cat_grpo.run.*"},  # type: ignore[arg-type]
+            match={"prefect.resource.id": f"{RUN_RESOURCE}*"},  # type: ignore[arg-type]
             posture=Posture.Reactive,
-            expect={"cat_grpo.alarm"},
+            expect={ALARM},
         ),
         actions=[PauseDeployment(source="inferred", deployment_id=None)],
     )
@@ -107,16 +109,7 @@ def _deploy(prefect_file: Path, known: Mapping[str, bool], environment: Mapping[
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "prefect.yaml"
         path.write_text(yaml.safe_dump(plan), encoding="utf-8")
-        command = [
-            sys.executable,
-            "-m",
-            "prefect",
-            "--no-prompt",
-            "deploy",
-            "--all",
-            "--prefect-file",
-            str(path),
-        ]
+        command = [*PREFECT, "--no-prompt", "deploy", "--all", "--prefect-file", str(path)]
         done = subprocess.run(
             command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         )

@@ -10,6 +10,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from cat_grpo.config import BudgetConfig, Config
+from cat_grpo.metrics import Metrics
 from cat_grpo.selection import alarm
 from cat_grpo.step import Loop, Stage, open_loop, train_step
 from flows.artifacts import Dashboard
@@ -78,23 +79,25 @@ async def _train_on(loop: Loop, started: float) -> None:
             begun = time.monotonic()
             await train_step(loop, step, as_task, accept)
             seconds.append(time.monotonic() - begun)
-            reason = alarm(loop.run.metrics(), settings)
+            history = loop.run.metrics()
+            reason = alarm(history, settings)
             limit = spent(loop.config.budget, seconds, time.monotonic() - started, settings.problems_per_step)
             if (reason or limit) and loop.next_step != step + 1:
                 await as_task(loop.checkpoint)(step)
-            await dashboard.show_step(step, reason)
-            _log_step(loop, step, reason, limit)
+                history = loop.run.metrics()  # with the checkpoint's score
+            await dashboard.show_step(history, reason)
+            _log_step(loop, history, reason, limit)
             if reason or limit:
                 break
         await dashboard.show_run()
 
 
-def _log_step(loop: Loop, step: int, reason: str | None, limit: str | None) -> None:
+def _log_step(loop: Loop, history: Sequence[Metrics], reason: str | None, limit: str | None) -> None:
     """The line that bars follow, and why no other step comes."""
-    num_steps, reward = loop.config.train.steps, loop.run.metrics()[-1].get("reward/mean", float("nan"))
-    done = (step + 1, num_steps)
+    done = (len(history), loop.config.train.steps)
+    reward = history[-1].get("reward/mean", float("nan"))
     log.info("step %d of %d: reward %.3f", *done, reward, extra={"progress": done})
     if reason:
-        log.warning("%s stops after step %d: %s", loop.run.path, step + 1, reason)
+        log.warning("%s stops after step %d: %s", loop.run.path, len(history), reason)
     elif limit:
-        log.info("%s pauses after step %d: its budget of %s is spent", loop.run.path, step + 1, limit)
+        log.info("%s pauses after step %d: its budget of %s is spent", loop.run.path, len(history), limit)

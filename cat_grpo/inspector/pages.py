@@ -11,6 +11,7 @@ from fastapi.responses import HTMLResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cat_grpo.inspector.texts import cut, rendered, shown_name
+from cat_grpo.report import metric_words
 from cat_grpo.reviews import Accuracy
 
 FOLDER = Path(__file__).parent
@@ -50,11 +51,6 @@ def accuracy_text(found: Accuracy) -> str:
     return f"{told}, {found.unsure} unsure" if found.unsure else told
 
 
-def _words(name: str) -> str:
-    """Of a metric, without its section and unit."""
-    return name.partition("/")[2].removesuffix("_frac").removesuffix("_s").replace("_", " ")
-
-
 def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
 
@@ -82,7 +78,7 @@ def _environment() -> Environment:
         "run_url": run_url,
         "shown": shown_name,
         "time": _time,
-        "words": _words,
+        "words": metric_words,
     }
     environment.filters.update(filters)
     return environment
