@@ -24,8 +24,8 @@ from prefect.artifacts import (
 from prefect.events import emit_event
 from prefect.exceptions import PrefectException
 
+from cat_grpo.curves import picture
 from cat_grpo.metrics import Metrics
-from cat_grpo.plots import curves_png
 from cat_grpo.report import reference_rows, run_markdown, step_markdown, warnings
 from cat_grpo.reviews import REVIEWS, accuracy, read_reviews
 from cat_grpo.rundir import RunDir
@@ -77,8 +77,8 @@ class Dashboard:
         await publish(acreate_table_artifact(rows, f"{self._key}-references", shown))
         if SCORE in history[-1]:
             # A page with the image in it: below an image artifact Prefect prints its whole data URI.
-            image = base64.b64encode(await asyncio.to_thread(curves_png, history)).decode()
-            page = f"![The run's curves](data:image/png;base64,{image})"
+            image = base64.b64encode(picture(history).encode()).decode()
+            page = f"![The run's curves](data:image/svg+xml;base64,{image})"
             await publish(acreate_markdown_artifact(page, f"{self._key}-curves", f"Up to step {step + 1}"))
         await self._show_progress(step + 1)
 

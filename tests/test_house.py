@@ -15,7 +15,7 @@ from cat_grpo.prompts import set_folder
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cat_grpo"
 
-HEAVY = {"torch", "transformers", "prefect", "datasets", "pandas", "matplotlib", "math_verify"}
+HEAVY = {"torch", "transformers", "prefect", "datasets", "pandas", "math_verify"}
 LIGHT_ROOMS = ("cat_grpo", "cat_grpo.config", "cat_grpo.records", "cat_grpo.prompts", "cat_grpo.cli")
 TEXT_STAGES = ("cat_grpo.rollouts", "cat_grpo.references", "cat_grpo.rubrics", "cat_grpo.rewards")
 ROOMS = {
@@ -26,7 +26,6 @@ ROOMS = {
     "jinja2": {"inspector.pages", "prompts"},
     "latex2mathml": {"inspector.texts"},
     "math_verify": {"answers"},
-    "matplotlib": {"plots"},
     "openai": {"engines.pool"},
     "peft": {"lora"},
     "ray": {"ranks"},
@@ -124,7 +123,7 @@ def test_the_mathematics_needs_torch_alone():
 )
 def test_the_learner_runs_on_a_bare_gpu_machine(script: str):
     """torch and transformers are there, and nothing that only flows, files and engines need."""
-    missing = ("prefect", "datasets", "vllm", "pandas", "peft", "ray", "trl", "math_verify", "matplotlib")
+    missing = ("prefect", "datasets", "vllm", "pandas", "peft", "ray", "trl", "math_verify")
     loaded_after(f"""
 import sys
 sys.modules.update(dict.fromkeys({missing}))

@@ -19,7 +19,6 @@ from starlette.datastructures import QueryParams
 from cat_grpo.cli import app as command_line
 from cat_grpo.cli import main
 from cat_grpo.inspector.app import create_app
-from cat_grpo.inspector.curves import panels
 from cat_grpo.inspector.reading import NotThere, _rows_at, differences, find_run, read_group, run_names
 from cat_grpo.inspector.security import LOOPBACK, refuse_open_host
 from cat_grpo.inspector.texts import MOST_WORDS, _built, clipped, compared, rendered
@@ -155,33 +154,6 @@ def test_signs_that_never_close_stay_as_they_are(sign: str):
 def test_a_clipped_text_is_short_and_in_one_line():
     assert clipped("a\n b", 10) == "a b"
     assert len(clipped("a" * 10**6, 10)) == 11
-
-
-# Curves
-
-
-def test_a_panel_by_hand():
-    [panel] = panels({"run": [{"reward/mean": 0.0}, {"reward/mean": 0.4}]})
-    assert (panel.title, panel.legend) == ("Reward", (("c0", "reward"),))
-    assert '<polyline class="c0" points="44.0,148.0 330.0,10.0"/>' in panel.svg
-    assert "<title>reward, step 2: 0.4</title>" in panel.svg
-    assert re.findall(r'text-anchor="end">([\d.]+)<', panel.svg) == ["0", "0.1", "0.2", "0.3", "0.4", "2"]
-
-
-def test_what_is_no_number_is_left_out():
-    assert panels({"run": [{"reward/mean": float("nan")}]}) == []
-    assert panels({"run": []}) == []
-
-
-def test_two_runs_share_a_panel_and_names_are_escaped():
-    [panel] = panels({"<a>": [{"reward/mean": 1.0}], "b": [{"reward/mean": -1.0}]})
-    assert [look for look, _ in panel.legend] == ["c0 d0", "c1 d0"]
-    assert "<a>" not in panel.svg
-
-
-def test_a_long_curve_has_few_points():
-    [panel] = panels({"run": [{"reward/mean": i / 5000} for i in range(5000)]})
-    assert len(panel.svg) < 60_000
 
 
 # A step's view

@@ -16,8 +16,8 @@ from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from markupsafe import Markup
 
+from cat_grpo.curves import panels
 from cat_grpo.inspector import reading, views
-from cat_grpo.inspector.curves import panels
 from cat_grpo.inspector.pages import FOLDER, accuracy_text, page, run_url
 from cat_grpo.inspector.reading import NotThere
 from cat_grpo.inspector.security import SCRIPT_HEADER, is_own_page, refuse_open_host, secure

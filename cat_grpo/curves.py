@@ -1,0 +1,237 @@
+"""A run's curves as SVG: each on pages, with the values behind it, and all of them in one picture."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from cat_grpo.metrics import Metrics, mean
+from cat_grpo.selection import SCORE, WINDOW
+
+Curve = Mapping[int, float]
+"""The value at each step, counted from 1."""
+
+PANELS = {
+    "Reward": {"reward": "reward/mean", "after penalties and KL": "reward/total_mean"},
+    "Spread inside a group": {"reward std": "reward/std"},
+    "Groups without signal": {
+        "all rewards equal": "reward/no_variance_frac",
+        "no reward": "reward/dropped_frac",
+    },
+    "Checkpoints": {
+        "pass@1": "validation/pass@1",
+        "points F1": "validation/points_f1",
+        "reference accuracy": "validation/reference_accuracy",
+        "score to choose by": SCORE,
+    },
+    "Majority's share": {"majority": "consensus/majority_frac"},
+    "Reference differs": {
+        "from the majority": "reference/differs_from_majority_frac",
+        "from every rollout": "reference/differs_from_all_frac",
+    },
+    "Rubric": {"criteria met": "rubric/satisfied_frac", "judge abstained": "rubric/abstained_frac"},
+    "Entropy, nats per token": {"entropy": "policy/entropy"},
+    "KL to the anchor, nats": {"KL": "policy/kl"},
+    "Length, tokens": {"rollout": "policy/tokens_per_rollout", "reference": "reference/tokens"},
+}
+"""By title: what each curve is called, and its metric."""
+WIDTH, HEIGHT = 340, 170
+LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 22
+MOST_POINTS = 250
+"""Of one curve: finer than the pixels is only bytes."""
+MOST_DOTS = 60
+"""A longer curve has no dots."""
+MAX_PICTURE_BYTES = 36_000
+"""A dashboard may send all versions of a run's pictures to the browser at once."""
+NUM_COLUMNS, TITLE_HEIGHT, GAP = 3, 22, 18
+COLOURS = ("#3f51c5", "#d2540a", "#11845b", "#9333a8")
+STYLE = (
+    "text { font: 10px system-ui, sans-serif; fill: #626773 }"
+    " .title { font-size: 12px; font-weight: 600; fill: #1c1e24 } .title tspan { font: 10px system-ui }"
+    " .grid { stroke: #e4e4e1 } polyline, path { fill: none; stroke-width: 1.6; stroke-linecap: round }"
+    " .faint { opacity: .28; stroke-width: 1 } .dots { stroke-width: 4.8 }"
+    + "".join(
+        f" .c{i} {{ stroke: {colour} }} tspan.c{i} {{ stroke: none; fill: {colour} }}"
+        for i, colour in enumerate(COLOURS)
+    )
+)
+"""Of the one picture. On pages the style sheet says it, for dark screens too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One picture of some curves."""
+
+    title: str
+    curves: Mapping[tuple[str, str], Curve]
+    """By (class of the line, label)."""
+
+    @property
+    def svg(self) -> Markup:
+        """A picture that knows its values: steps, values and where they stand."""
+        scale = _scale(list(self.curves.values()))
+        known = [
+            {"label": label, "points": [[step, v, scale.x(step), scale.y(v)] for step, v in _thinned(curve)]}
+            for (_, label), curve in self.curves.items()
+        ]
+        return Markup(
+            '<svg viewBox="0 0 {} {}" role="img" aria-label="{}" data-curves="{}">{}'
+            '<line class="cursor" x1="0" x2="0" y1="{}" y2="{}"/></svg>'
+        ).format(WIDTH, HEIGHT, self.title, json.dumps(known), self.drawing(), TOP, HEIGHT - BOTTOM)
+
+    def drawing(self, most_points: int = MOST_POINTS) -> Markup:
+        """What is inside the picture."""
+        scale = _scale(list(self.curves.values()))
+        lines = [_lines(look, curve, scale, most_points) for (look, _), curve in self.curves.items()]
+        return Markup("").join([_axes(scale), *lines])
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Where steps and values stand in the picture."""
+
+    first: int
+    last: int
+    ticks: tuple[float, ...]
+    """Of the values, from the bottom of the picture to its top."""
+
+    def x(self, step: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (step - self.first) / max(self.last - self.first, 1)
+
+    def y(self, value: float) -> float:
+        span = self.ticks[-1] - self.ticks[0]
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - self.ticks[0]) / span
+
+
+def panels(runs: Mapping[str, Sequence[Metrics]]) -> list[Panel]:
+    """Of one run, or of several in the same pictures; a panel with nothing to show is left out.
+
+    A colour is a run, or in the pictures of one run a curve; beside another run a further curve is dashed.
+    """
+    drawn = []
+    for title, names in PANELS.items():
+        curves: dict[tuple[str, str], Curve] = {}
+        for i, (run, history) in enumerate(runs.items()):
+            for label, curve in _curves(history, names).items():
+                k = [*names].index(label)
+                look = f"c{k}" if len(runs) == 1 else f"c{i} d{k}"
+                curves[look, label if len(runs) == 1 else f"{run}: {label}"] = curve
+        if curves:
+            drawn.append(Panel(title, curves))
+    return drawn
+
+
+def picture(history: Sequence[Metrics]) -> str:
+    """The run so far, all its panels in one SVG: as fine as fits."""
+    drawn = panels({"run": history})
+    for most_points in (MOST_POINTS, 160, 100, 60, 40):
+        image = _picture(drawn, most_points)
+        if len(image) <= MAX_PICTURE_BYTES:
+            break
+    return image
+
+
+def _picture(drawn: Sequence[Panel], most_points: int) -> str:
+    num_rows = max(1, -(-len(drawn) // NUM_COLUMNS))
+    across, down = WIDTH + GAP, TITLE_HEIGHT + HEIGHT + GAP
+    width, height = NUM_COLUMNS * across + GAP, num_rows * down + GAP
+    cells = [
+        Markup('<g transform="translate({} {})"><text class="title" y="12">{}{}</text>{}</g>').format(
+            GAP + i % NUM_COLUMNS * across,
+            GAP + i // NUM_COLUMNS * down,
+            panel.title,
+            _legend(panel),
+            Markup('<g transform="translate(0 {})">{}</g>').format(TITLE_HEIGHT, panel.drawing(most_points)),
+        )
+        for i, panel in enumerate(drawn)
+    ]
+    return Markup(
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0} {1}" width="{0}" height="{1}">'
+        '<style>{2}</style><rect width="{0}" height="{1}" fill="#fff"/>{3}</svg>'
+    ).format(width, height, Markup(STYLE), Markup("").join(cells))
+
+
+def _legend(panel: Panel) -> Markup:
+    """Behind the title, each in its colour, where there can be several."""
+    if len(PANELS[panel.title]) == 1:
+        return Markup("")
+    named = Markup('<tspan dx="9" class="{}">{}</tspan>')
+    return Markup("").join(named.format(look, label) for look, label in panel.curves)
+
+
+def _curves(history: Sequence[Metrics], names: Mapping[str, str]) -> dict[str, Curve]:
+    """By label. A curve that repeats another, or has no finite value, is left out."""
+    curves: dict[str, Curve] = {}
+    for label, name in names.items():
+        numbered = ((step, metrics.get(name, math.nan)) for step, metrics in enumerate(history, start=1))
+        curve = {step: value for step, value in numbered if math.isfinite(value)}
+        if curve and curve not in curves.values():
+            curves[label] = curve
+    return curves
+
+
+def _lines(look: str, curve: Curve, scale: Scale, most_points: int) -> Markup:
+    """Few steps as dots on a line; many faint, under their running mean."""
+    points = _thinned(curve, most_points)
+    if len(curve) <= MOST_DOTS:
+        return _line(look, points, scale) + _dots(look, points, scale)
+    values = list(curve.values())
+    positions = _thinned({step: i for i, step in enumerate(curve, start=1)}, most_points)
+    recent = [(step, mean(values[max(0, int(i) - WINDOW) : int(i)])) for step, i in positions]
+    return _line(f"{look} faint", points, scale) + _line(look, recent, scale)
+
+
+def _line(look: str, points: Sequence[tuple[int, float]], scale: Scale) -> Markup:
+    path = " ".join(f"{scale.x(step):.1f},{scale.y(value):.1f}" for step, value in points)
+    return Markup('<polyline class="{}" points="{}"/>').format(look, path)
+
+
+def _dots(look: str, points: Sequence[tuple[int, float]], scale: Scale) -> Markup:
+    """Lines of no length, whose round ends are the dots."""
+    path = "".join(f"M{scale.x(step):.1f},{scale.y(value):.1f}h0" for step, value in points)
+    return Markup('<path class="{} dots" d="{}"/>').format(look, path)
+
+
+def _thinned(curve: Curve, most_points: int = MOST_POINTS) -> list[tuple[int, float]]:
+    """The last step is always among them."""
+    points = list(curve.items())
+    stride = -(-len(points) // most_points)
+    return points[::-1][::stride][::-1]
+
+
+def _axes(scale: Scale) -> Markup:
+    parts = []
+    for value in scale.ticks:
+        y = scale.y(value)
+        parts.append(
+            Markup(
+                '<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>'
+                '<text x="{}" y="{:.1f}" text-anchor="end">{}</text>'
+            ).format(LEFT, WIDTH - RIGHT, y, y, LEFT - 6, y + 3.5, f"{value:.6g}")
+        )
+    for step in sorted({scale.first, (scale.first + scale.last) // 2, scale.last}):
+        anchor = "end" if step == scale.last != scale.first else "middle"
+        parts.append(
+            Markup('<text x="{:.1f}" y="{}" text-anchor="{}">{}</text>').format(
+                scale.x(step), HEIGHT - 6, anchor, step
+            )
+        )
+    return Markup("").join(parts)
+
+
+def _scale(curves: Sequence[Curve]) -> Scale:
+    """From zero where nothing is below: a zoomed axis makes noise look like a trend."""
+    steps = [step for curve in curves for step in curve]
+    values = [value for curve in curves for value in curve.values()]
+    return Scale(min(steps), max(steps), _ticks(min(0.0, *values), max(0.0, *values)))
+
+
+def _ticks(low: float, high: float) -> tuple[float, ...]:
+    """Two to six round values, the first not above `low` and the last not below `high`."""
+    span = high - low or 1.0
+    unit = 10.0 ** math.floor(math.log10(span / 3))
+    size = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if span / (unit * factor) <= 4)
+    first, last = math.floor(low / size + 1e-9), max(math.ceil(high / size - 1e-9), 1)
+    return tuple(size * number for number in range(first, last + 1))
