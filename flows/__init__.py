@@ -13,6 +13,7 @@ for _name, _value in {
     "DO_NOT_TRACK": "1",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "cat_grpo,flows",  # our log lines stand beside the run in the dashboard
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # and those of an engine's thread belong to no run
+    "PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL": "WARNING",  # the dashboard shows which have completed
 }.items():
     os.environ.setdefault(_name, _value)
 

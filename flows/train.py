@@ -3,10 +3,11 @@
 import logging
 import time
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
-from prefect import flow, task
+from prefect import Task, flow, task
 from prefect.cache_policies import NO_CACHE
 
 from cat_grpo.config import BudgetConfig, Config
@@ -40,12 +41,22 @@ async def train(config: Config, run_dir: str) -> str:
 
 
 def as_task(stage: Stage) -> Stage:
-    """The stage as a task `rollouts-000012`: five a step, however many its groups are.
+    """The stage as a task `rollouts-000012`: five a step, however many its groups are."""
+    return partial(_task(stage.__name__), stage)
+
+
+@cache
+def _task(name: str) -> Task[..., Any]:
+    """One for all steps: Prefect takes its time to make one.
 
     No retries: an exception of ours comes again. Nothing is cached or kept: the run directory holds it all.
     """
-    name = stage.__name__ + "-{step:06d}"
-    return task(name=stage.__name__, task_run_name=name, cache_policy=NO_CACHE, persist_result=False)(stage)
+
+    async def run_stage(stage: Stage, step: int) -> Any:
+        return await stage(step)
+
+    named = task(name=name, task_run_name=name + "-{step:06d}", cache_policy=NO_CACHE, persist_result=False)
+    return named(run_stage)
 
 
 def spent(budget: BudgetConfig, seconds: Sequence[float], elapsed: float, num_problems: int) -> str | None:

@@ -1,7 +1,8 @@
 """What Prefect costs a step of the lab: the flow, with its tasks, pages and events, beside the bare loop.
 
-Both train the same run, seed and all, a chunk of steps at a time in turn; the server is a process of its
-own, as `cat-grpo serve` starts it. The share is that of the medians of a step's seconds.
+Both train the same run, seed and all, a chunk of steps at a time in turn, each first in every other round;
+the server is a process of its own, as `cat-grpo serve` starts it. A share is told of the means, of the
+medians, and as the median of the rounds.
 """
 
 import argparse
@@ -41,6 +42,8 @@ def server(home: Path) -> Iterator[str]:
                     break
                 except OSError:
                     time.sleep(0.2)
+            else:
+                raise ChildProcessError((home / "server.log").read_text())
             yield address
         finally:
             process.terminate()
@@ -93,32 +96,36 @@ async def orchestrated(preset: str, overrides: list[str], run: Path) -> list[flo
 
 def measure(preset: str, rounds: int) -> dict[str, Any]:
     ways = {"bare": bare, "orchestrated": orchestrated}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[list[float]]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as address:
         os.environ |= {"PREFECT_API_URL": address, "PREFECT_HOME": folder}
         for done in range(rounds):
             overrides = [f"train.steps={STEPS * (done + 1)}"]
-            for name, way in ways.items():
-                seconds[name] += asyncio.run(way(preset, overrides, Path(folder) / "runs" / name))
+            for name in list(ways)[:: 1 if done % 2 else -1]:
+                run = Path(folder) / "runs" / name
+                seconds[name].append(asyncio.run(ways[name](preset, overrides, run)))
         figures = [
             [json.loads(line)["reward/mean"] for line in path.read_text().splitlines()]
             for path in (Path(folder) / "runs" / name / "metrics.jsonl" for name in ways)
         ]
         assert figures[0] == figures[1]
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    means = {name: statistics.fmean(times) for name, times in seconds.items()}
+    every = {name: [time for times in rounds for time in times] for name, rounds in seconds.items()}
+    medians = {name: statistics.median(times) for name, times in every.items()}
+    means = {name: statistics.fmean(times) for name, times in every.items()}
+    paired = zip(*([statistics.fmean(times) for times in seconds[name]] for name in ways), strict=True)
     return {
         "seconds": seconds,
         "median": medians,
         "mean": means,
-        "share": 1 - medians["bare"] / medians["orchestrated"],
         "share of the means": 1 - means["bare"] / means["orchestrated"],
+        "share of the medians": 1 - medians["bare"] / medians["orchestrated"],
+        "share, median of the rounds": statistics.median(1 - bare / whole for bare, whole in paired),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--presets", nargs="+", default=["lab-verifiable", "lab-open"])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
