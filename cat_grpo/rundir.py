@@ -111,10 +111,12 @@ class RunDir:
         rows = read_table(self.stage_file(step, "scores", shard))
         return scored_from(rows, self.read_groups(step, shard), self.read_references(step, shard))
 
-    def read_step(self, step: int) -> list[ScoredGroup]:
-        """All shards of a step that are done, in order."""
-        shards = sorted(self.step_folder(step).glob("scores-*.parquet"))
-        return [scored for shard in range(len(shards)) for scored in self.read_scored(step, shard)]
+    def read_step(self, step: int, first: int | None = None) -> list[ScoredGroup]:
+        """The groups of all shards of a step that are done, in order; or only the `first` so many."""
+        num_shards = len(list(self.step_folder(step).glob("scores-*.parquet")))
+        if first is not None:
+            num_shards = min(num_shards, -(-first // self.config.train.shard_size))
+        return [scored for shard in range(num_shards) for scored in self.read_scored(step, shard)][:first]
 
     def summaries_file(self, step: int) -> Path:
         return self.step_folder(step) / "groups.parquet"

@@ -26,7 +26,7 @@ from prefect.exceptions import PrefectException
 
 from cat_grpo.curves import picture
 from cat_grpo.metrics import Metrics
-from cat_grpo.report import reference_rows, run_markdown, step_markdown, warnings
+from cat_grpo.report import MAX_ROWS, reference_rows, run_markdown, step_markdown, warnings
 from cat_grpo.reviews import REVIEWS, accuracy, read_reviews
 from cat_grpo.rundir import RunDir
 from cat_grpo.selection import SCORE
@@ -67,13 +67,14 @@ class Dashboard:
 
     async def _show_step(self, step: int, history: Sequence[Metrics], alarm: str | None) -> None:
         self._raise_alarms(history, alarm)
-        scored = await asyncio.to_thread(self.run.read_step, step)
+        train = self.run.config.train
+        scored = await asyncio.to_thread(self.run.read_step, step, MAX_ROWS)
         link = inspector_link(self.run.path, step)
-        page = _headed(link, step_markdown(history, scored, self.run.config.train.steps, alarm))
+        page = _headed(link, step_markdown(history, scored, train.steps, alarm))
         await publish(acreate_markdown_artifact(page, f"{self._key}-step", f"Step {step + 1}"))
         rows = reference_rows(scored)
         everything = link or f"In full: {self.run.step_folder(step)}"
-        shown = f"Step {step + 1}: {len(rows)} of {len(scored)} references. {everything}"
+        shown = f"Step {step + 1}: {len(rows)} of {train.problems_per_step} references. {everything}"
         await publish(acreate_table_artifact(rows, f"{self._key}-references", shown))
         if SCORE in history[-1]:
             # A page with the image in it: below an image artifact Prefect prints its whole data URI.

@@ -109,6 +109,17 @@ def test_shards_are_read_in_the_order_of_their_numbers(tmp_path):
     assert run.read_step(0) == [group for shard in shards for group in shard]
 
 
+def test_the_first_groups_are_read_from_as_few_shards_as_hold_them(tmp_path):
+    run = opened(tmp_path / "run")
+    size = run.config.train.shard_size
+    shards = [[scored_group(f"{shard} {i}", 1.0) for i in range(size)] for shard in range(3)]
+    for i, shard in enumerate(shards):
+        write_scored(run, 0, i, shard)
+    run.stage_file(0, "scores", 2).write_bytes(b"not read")
+    assert run.read_step(0, size + 1) == [*shards[0], shards[1][0]]
+    assert run.read_step(0, 2 * size) == [*shards[0], *shards[1]]
+
+
 def test_metrics_come_back_as_they_were(tmp_path):
     run = opened(tmp_path / "run")
     assert run.metrics() == []
