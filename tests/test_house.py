@@ -118,17 +118,14 @@ def test_the_mathematics_needs_torch_alone():
     assert not loaded_after("import cat_grpo.grpo") & {"transformers", "pydantic", "pandas", "prefect"}
 
 
-@pytest.mark.parametrize(
-    "script", ["cat_grpo.learner", "tests.benchmarks.update", "tests.benchmarks.loss_head"]
-)
-def test_the_learner_runs_on_a_bare_gpu_machine(script: str):
+def test_the_learner_and_its_benchmarks_run_on_a_bare_gpu_machine():
     """torch and transformers are there, and nothing that only flows, files and engines need."""
     missing = ("prefect", "datasets", "vllm", "pandas", "peft", "ray", "trl", "math_verify")
     loaded_after(f"""
 import sys
 sys.modules.update(dict.fromkeys({missing}))
 sys.path.append("tests/benchmarks")
-import {script}
+import cat_grpo.learner, tests.benchmarks.update, tests.benchmarks.loss_head
 """)
 
 
