@@ -12,7 +12,7 @@ TORCH := torch==2.13.0
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(BIN)/python $(PIP_INSTALL)
 VLLM_BIN := .venv-vllm/bin
-# Whole files, so that what a file's tests share is started once; the long ones stand among the others by name.
+# Whole files, so that what a file's tests share is started once; conftest.py has put the longest ahead.
 AT_ONCE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # One thread: the models of the lab are so small that a second one costs more than it brings.
