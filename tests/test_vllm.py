@@ -29,19 +29,19 @@ async def small_loop(run: Path, *overrides: str) -> Loop:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def whole(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Loop]:
-    """Whole weights are trained. Engines take long to start: each test first gives the policy its weights."""
-    loop = await small_loop(tmp_path_factory.mktemp("whole"))
+async def loop(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Loop]:
+    """Engines take long to start: tests in a row share them, and first give the policy its weights."""
+    loop = await small_loop(tmp_path_factory.mktemp("run"), *request.param)
     yield loop
     await loop.close()
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def adapted(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Loop]:
-    """Adapters are trained, on one engine; a test first gives it its own."""
-    loop = await small_loop(tmp_path_factory.mktemp("adapted"), "learner.lora_rank=8", "learner.kl_coef=0.01")
-    yield loop
-    await loop.close()
+with_whole_weights = pytest.mark.parametrize("loop", [()], ids=["whole"], indirect=True)
+with_adapters = pytest.mark.parametrize(
+    "loop", [("learner.lora_rank=8", "learner.kl_coef=0.01")], ids=["adapters"], indirect=True
+)
 
 
 @pytest.fixture
@@ -58,13 +58,14 @@ def shake(model: torch.nn.Module, only: str = "") -> None:
                 weight += 0.05 * torch.randn(weight.shape, generator=generator)
 
 
-async def test_every_weight_arrives_and_no_prefix_is_kept(whole: Loop, config: ModelConfig, tmp_path: Path):
+@with_whole_weights
+async def test_every_weight_arrives_and_no_prefix_is_kept(loop: Loop, config: ModelConfig, tmp_path: Path):
     """One kind of weight at a time: each must be seen to change what the engine says, the tied head too."""
     model, tokenizer = load_model_and_tokenizer(config)
-    live, engine = HFEngine(model, tokenizer, config), whole.engines.policy
+    live, engine = HFEngine(model, tokenizer, config), loop.engines.policy
     probes = make_probes([(str(i), live.tokens.encode(turn)) for i, turn in enumerate(TURNS)])
     await send_weights(model, engine, torch.float32, tmp_path / "weights")
-    for one in (engine, whole.engines.anchor):
+    for one in (engine, loop.engines.anchor):
         assert await check_sync(live, one, probes, 1e-3) < 1e-4
     before = await engine.generate(TURNS, GREEDY)
     for only in ("norm", "embed", "self_attn", "mlp"):
@@ -78,14 +79,28 @@ async def test_every_weight_arrives_and_no_prefix_is_kept(whole: Loop, config: M
     await live.close()
 
 
+@with_whole_weights
+async def test_whole_weights_are_trained_beside_an_anchor_until_the_sync_is_broken(loop: Loop, monkeypatch):
+    async def nothing(*_: object, **__: object) -> None: ...
+
+    assert loop.engines.anchor._llm is not loop.engines.policy._llm  # type: ignore[attr-defined]
+    await loop.sync()
+    await two_steps(loop)
+    monkeypatch.setattr(loop.engines.policy._llm, "collective_rpc", nothing)  # type: ignore[attr-defined]
+    with pytest.raises(SyncError, match="on the prompt of problem"):
+        await train_step(loop, 2)
+    assert len(loop.run.metrics()) == 2
+
+
+@with_adapters
 async def test_one_engine_is_the_policy_and_what_it_was_before_its_adapters(
-    adapted: Loop, config: ModelConfig, tmp_path: Path
+    loop: Loop, config: ModelConfig, tmp_path: Path
 ):
     """In the same batch, before and after each new adapter."""
     model, tokenizer = load_model_and_tokenizer(config)
     add_adapters(model, 4, 8, seed=0)
     live = HFEngine(model, tokenizer, config)
-    policy, bare = adapted.engines.policy, adapted.engines.anchor
+    policy, bare = loop.engines.policy, loop.engines.anchor
     for _ in range(2):
         shake(model, "lora")
         await send_weights(model, policy, torch.float32, tmp_path / "weights")
@@ -96,22 +111,11 @@ async def test_one_engine_is_the_policy_and_what_it_was_before_its_adapters(
     await live.close()
 
 
-async def test_one_engine_is_every_role_where_adapters_are_trained(adapted: Loop):
-    assert adapted.engines.anchor._llm is adapted.engines.policy._llm  # type: ignore[attr-defined]
-    await adapted.sync()
-    await two_steps(adapted)
-
-
-async def test_whole_weights_are_trained_beside_an_anchor_until_the_sync_is_broken(whole: Loop, monkeypatch):
-    async def nothing(*_: object, **__: object) -> None: ...
-
-    assert whole.engines.anchor._llm is not whole.engines.policy._llm  # type: ignore[attr-defined]
-    await whole.sync()
-    await two_steps(whole)
-    monkeypatch.setattr(whole.engines.policy._llm, "collective_rpc", nothing)  # type: ignore[attr-defined]
-    with pytest.raises(SyncError, match="on the prompt of problem"):
-        await train_step(whole, 2)
-    assert len(whole.run.metrics()) == 2
+@with_adapters
+async def test_one_engine_is_every_role_where_adapters_are_trained(loop: Loop):
+    assert loop.engines.anchor._llm is loop.engines.policy._llm  # type: ignore[attr-defined]
+    await loop.sync()
+    await two_steps(loop)
 
 
 async def two_steps(loop: Loop) -> None:
