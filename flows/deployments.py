@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from prefect.automations import AutomationCore, ChangeFlowRunState, EventTrigger, PauseDeployment, Posture
+from prefect.automations import (
+    AutomationCore,
+    CancelFlowRun,
+    ChangeFlowRunState,
+    EventTrigger,
+    PauseDeployment,
+    Posture,
+)
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import StateType
@@ -27,6 +34,9 @@ from flows.artifacts import ALARM, RUN_RESOURCE
 POOL = "cat-grpo"
 PREFECT = (sys.executable, "-m", "prefect")
 ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
+PAUSES = ("Paused", "Suspended")
+"""Paused, a run waits for a person in its process; suspended, which *Pause* does, it has none."""
+LIMIT_S = 24 * 3600
 
 
 async def apply(prefect_file: Path, num_slots: int, heartbeat_s: int, environment: Mapping[str, str]) -> None:
@@ -39,7 +49,7 @@ async def apply(prefect_file: Path, num_slots: int, heartbeat_s: int, environmen
         async with get_client() as client:
             await _make_pool(client, num_slots)
             known = await _pauses(client)
-            for automation in (silent_runs_crash(heartbeat_s), alarm_pauses()):
+            for automation in (silent_runs_crash(heartbeat_s), alarm_pauses(), long_runs_end()):
                 if not await client.read_automations_by_name(automation.name):
                     await client.create_automation(automation)
     _deploy(prefect_file, known, environment)
@@ -47,7 +57,7 @@ async def apply(prefect_file: Path, num_slots: int, heartbeat_s: int, environmen
 
 def silent_runs_crash(heartbeat_s: int) -> AutomationCore:
     """Else the run of a worker that died would be Running for ever."""
-    ends = {f"prefect.flow-run.{end}" for end in ENDS}
+    alive = _events("heartbeat", "AwaitingRetry")  # between its two tries a run is silent for a minute
     return AutomationCore(
         name="cat-grpo: a run whose worker died has crashed",
         description="Its next run goes on from the last finished step.",
@@ -55,8 +65,8 @@ def silent_runs_crash(heartbeat_s: int) -> AutomationCore:
             match={"prefect.resource.id": "prefect.flow-run.*"},  # type: ignore[arg-type]
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
-            after={"prefect.flow-run.heartbeat"},
-            expect={"prefect.flow-run.heartbeat"} | ends,
+            after=alive,
+            expect=alive | _events(*ENDS, *PAUSES),
             within=timedelta(seconds=3 * heartbeat_s),
         ),
         actions=[
@@ -80,6 +90,28 @@ def alarm_pauses() -> AutomationCore:
         ),
         actions=[PauseDeployment(source="inferred", deployment_id=None)],
     )
+
+
+def long_runs_end(limit_s: int = LIMIT_S) -> AutomationCore:
+    """An example of a time limit; off until a user turns it on."""
+    return AutomationCore(
+        name="cat-grpo: a run that takes longer than a day is cancelled (an example)",
+        description="Its next run goes on from the last finished step. A pause starts the day anew.",
+        enabled=False,
+        trigger=EventTrigger(
+            match={"prefect.resource.id": "prefect.flow-run.*"},  # type: ignore[arg-type]
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            after=_events("Running"),
+            expect=_events(*ENDS, *PAUSES),
+            within=timedelta(seconds=limit_s),
+        ),
+        actions=[CancelFlowRun()],
+    )
+
+
+def _events(*names: str) -> set[str]:
+    return {f"prefect.flow-run.{name}" for name in names}
 
 
 async def _make_pool(client: PrefectClient, num_slots: int) -> None:

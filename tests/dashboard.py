@@ -24,7 +24,8 @@ class Served:
 
     def __init__(self, folder: Path, database: str | None) -> None:
         self.folder, self.database, self.port = folder, database, two_free_ports()
-        self.url = f"http://127.0.0.1:{self.port}/api"
+        self.ui = f"http://127.0.0.1:{self.port}"
+        self.url = f"{self.ui}/api"
         self.start()
 
     def start(self) -> None:
@@ -72,19 +73,20 @@ class Served:
     def deployments(self) -> dict[str, dict[str, Any]]:
         return {each["name"]: each for each in self.post("deployments/filter")}
 
-    def run(self, run_dir: str, num_steps: int = 1000, **train: Any) -> str:
+    def run(self, run_dir: str, num_steps: int = 1000, retry_delay_s: int = 60, **train: Any) -> str:
         """Starts a small training run, as the form of the dashboard does. Returns its id."""
         deployment = self.deployments()["lab-verifiable"]
-        config = deployment["parameters"]["config"] | {
-            "train": {"problems_per_step": 4, "shard_size": 4, "checkpoint_every": 1, "steps": 1000} | train,
-            "rollout": {"max_tokens": 16, "group_size": 4},
-            "budget": {"steps": num_steps},
-        }
+        config = small_config(deployment, num_steps, **train)
         made = self.post(
             f"deployments/{deployment['id']}/create_flow_run",
             parameters={"config": config, "run_dir": run_dir},
+            job_variables={"env": {"PREFECT_FLOWS_DEFAULT_RETRY_DELAY_SECONDS": str(retry_delay_s)}},
         )
         return made["id"]
+
+    def runs_in(self, run_dir: str) -> list[dict[str, Any]]:
+        """All that were ever started or are due there."""
+        return [run for run in self.post("flow_runs/filter") if run["parameters"]["run_dir"] == run_dir]
 
     def state(self, flow_run: str) -> str:
         return self.get(f"flow_runs/{flow_run}")["state"]["name"]
@@ -100,17 +102,17 @@ class Served:
     def cancel(self, flow_run: str) -> None:
         self.post(f"flow_runs/{flow_run}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
 
-    def form(self, flow_run: str) -> dict[str, Any]:
-        """What the dashboard shows for a run that is paused."""
-        keys = self.get(f"flow_runs/{flow_run}")["state"]["state_details"]["run_input_keyset"]
-        schema = self.get(f"flow_runs/{flow_run}/input/{keys['schema']}")
-        return schema | {"description": self.get(f"flow_runs/{flow_run}/input/{keys['description']}")}
-
-    def answer(self, flow_run: str, **run_input: Any) -> None:
-        assert self.post(f"flow_runs/{flow_run}/resume", run_input=run_input)["status"] == "ACCEPT"
-
     def log(self, name: str) -> str:
         return (self.folder / "prefect" / "cat-grpo" / f"{name}.log").read_text()[-5000:]
+
+
+def small_config(deployment: dict[str, Any], num_steps: int, **train: Any) -> dict[str, Any]:
+    """The deployment's, with small steps, `num_steps` of them a run."""
+    return deployment["parameters"]["config"] | {
+        "train": {"problems_per_step": 4, "shard_size": 4, "checkpoint_every": 1, "steps": 1000} | train,
+        "rollout": {"max_tokens": 16, "group_size": 4},
+        "budget": {"steps": num_steps},
+    }
 
 
 def until(is_so: Callable[[], bool], what: str) -> None:

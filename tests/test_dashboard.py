@@ -1,5 +1,6 @@
 """The user's stories in a browser, on what `cat-grpo serve` starts: schedule, train, inspect, review."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import pytest
 from browsing import MARKS, a_page
 from cat_grpo.reviews import REVIEWS, read_reviews
 from cat_grpo.rundir import RunDir
-from dashboard import Served, num_steps, until
+from dashboard import Served, num_steps, small_config, until
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -36,9 +37,7 @@ def page() -> Iterator[Any]:
 
 def start_from_form(page: Any, served: Served, run_dir: str, num_steps: int) -> None:
     """As a person does: Deployments, Run, Custom run, the form; and then to the run's page."""
-    ui = served.url.removesuffix("/api")
-    page.goto(f"{ui}/v2/deployments")
-    page.get_by_role("link", name="lab-verifiable").first.click()
+    open_deployment(page, served)
     page.get_by_role("button", name="Run", exact=True).first.click()
     page.get_by_text("Custom run").first.click()
     page.get_by_label("run_dir").and_(page.get_by_text("runs/lab-verifiable")).wait_for()
@@ -55,7 +54,12 @@ def start_from_form(page: Any, served: Served, run_dir: str, num_steps: int) -> 
         submit.click()
         page.wait_for_url(re.compile("tab=Runs"))
     [made] = [run["id"] for run in served.post("flow_runs/filter") if run["id"] not in before]
-    page.goto(f"{ui}/v2/runs/flow-run/{made}")
+    page.goto(f"{served.ui}/v2/runs/flow-run/{made}")
+
+
+def open_deployment(page: Any, served: Served) -> None:
+    page.goto(f"{served.ui}/v2/deployments")
+    page.get_by_role("link", name="lab-verifiable").first.click()
 
 
 def picture(page: Any, name: str) -> None:
@@ -129,6 +133,73 @@ def test_a_run_is_paused_resumed_cancelled_and_goes_on(served: Served, page: Any
     page.get_by_text("Completed", exact=True).first.wait_for()
     assert num_steps(folder) == done + 1
     assert kept.resolve().name == f"{done + 1:06d}"
+
+
+def test_a_person_skips_a_step_in_the_form_of_the_gate_and_accepts_the_next(served: Served, page: Any):
+    folder = served.folder / "runs" / "gated"
+    gated = served.run("runs/gated", num_steps=2, review_gate=True)
+    page.goto(f"{served.ui}/v2/runs/flow-run/{gated}")
+    served.wait(gated, "Paused")
+    answer(page, 1, "skip this step", "all wrong")
+    until(lambda: num_steps(folder) == 1, "the step is done")
+    served.wait(gated, "Paused")
+    page.reload()
+    answer(page, 2, "update", "")
+    served.wait(gated, "Completed")
+    skipped, updated = RunDir(folder).metrics()
+    assert skipped["policy/skipped"] == 1.0 and "policy/skipped" not in updated
+    gates = [json.loads((RunDir(folder).step_folder(step) / "gate.json").read_text()) for step in (0, 1)]
+    assert gates == [{"accepted": False, "note": "all wrong"}, {"accepted": True, "note": ""}]
+
+
+def test_a_schedule_from_the_dialog_starts_runs_until_it_is_switched_off(served: Served, page: Any):
+    folder = served.folder / "runs" / "scheduled"
+    deployment = served.deployments()["lab-verifiable"]
+    small = deployment["parameters"] | {"config": small_config(deployment, num_steps=1)}
+    served.patch(f"deployments/{deployment['id']}", parameters=small)
+    open_deployment(page, served)
+    toggle = page.get_by_role("switch", name="toggle Every 10 seconds")
+    add_schedule(page, "runs/scheduled")
+    toggle.and_(page.get_by_role("switch", checked=True)).wait_for()
+    until(lambda: num_steps(folder) >= 1, "a run starts by itself")
+    toggle.click()
+    toggle.and_(page.get_by_role("switch", checked=False)).wait_for()
+    ends = ("Completed", "Failed", "Crashed")
+    until(lambda: all(run["state"]["name"] in ends for run in served.runs_in("runs/scheduled")), "all end")
+    runs = served.runs_in("runs/scheduled")
+    assert runs and {run["state"]["name"] for run in runs} == {"Completed"}
+    assert {run["auto_scheduled"] for run in runs} == {True}
+    assert num_steps(folder) == len(runs)  # each goes on where the last one stopped
+    served.patch(f"deployments/{deployment['id']}", parameters=deployment["parameters"])
+
+
+def add_schedule(page: Any, run_dir: str) -> None:
+    """Every ten seconds, with the deployment's config: one left empty in the dialog would replace it."""
+    page.get_by_role("button", name="Schedule", exact=True).click()
+    dialog = page.get_by_role("dialog", name="Add Schedule")
+    dialog.get_by_label("Value", exact=True).fill("10")
+    dialog.get_by_role("combobox").first.click()
+    page.get_by_role("option", name="Seconds").click()
+    dialog.get_by_role("button", name="Open menu").first.click()
+    page.get_by_role("menuitem", name="Omit value").click()
+    dialog.get_by_label("run_dir").fill(run_dir)
+    dialog.get_by_role("button", name="Save").click()
+    dialog.wait_for(state="hidden")
+
+
+def answer(page: Any, step: int, decision: str, note: str) -> None:
+    """On the page of a run that is paused: Resume in its menu, and the form."""
+    page.get_by_text("Paused", exact=True).first.wait_for()
+    page.locator('button[aria-haspopup="menu"]').last.click()
+    page.get_by_role("menuitem", name="Resume").click()
+    form = page.get_by_role("dialog")
+    form.get_by_text(f"Step {step}: 4 of 4 references").wait_for()
+    assert form.get_by_role("row").count() == 5
+    form.get_by_role("button", name="Select These references").click()
+    page.get_by_role("option", name=decision).click()
+    form.get_by_label("Note (Optional)").fill(note)
+    form.get_by_role("button", name="Resume").click()
+    form.wait_for(state="hidden")
 
 
 def from_menu(page: Any, what: str) -> None:

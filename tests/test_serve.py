@@ -109,7 +109,7 @@ def test_what_prefect_yaml_says_is_there(served: Served):
         assert there[deployment["name"]]["parameters"] == deployment["parameters"]
         assert there[deployment["name"]]["description"] == deployment["description"]
     assert served.get("work_pools/cat-grpo")["concurrency_limit"] == max(1, len(gpus()))
-    assert sorted(each["enabled"] for each in served.post("automations/filter")) == [False, True]
+    assert sorted(each["enabled"] for each in served.post("automations/filter")) == [False, False, True]
 
 
 def test_the_one_setting_is_the_database(served: Served, postgres: str | None):
@@ -118,34 +118,39 @@ def test_the_one_setting_is_the_database(served: Served, postgres: str | None):
     assert not list((served.folder / "prefect").glob("prefect.db*"))
 
 
-def test_a_cancelled_run_ends_and_the_one_that_waited_goes_on_when_people_let_it(served: Served):
+def test_a_cancelled_run_ends_and_the_one_that_waited_goes_on(served: Served):
     folder = served.folder / "runs" / "first"
     first = served.run("runs/first")
     until(lambda: num_steps(folder) >= 2, "two steps")
     [engine] = served.engines()
     processes = [engine, *engine.children(recursive=True)]
-    second = served.run("runs/first", num_steps=2, review_gate=True)
+    second = served.run("runs/first", num_steps=1)
     served.cancel(first)
     served.wait(first, "Cancelled")
     done = RunDir(folder).metrics()
     assert not [process for process in processes if process.is_running()]
+    assert served.get(f"flow_runs/{first}")["run_count"] == 1  # and was not tried again
     assert served.get(f"flow_runs/{second}")["run_count"] == 0  # it waited for the one slot
 
-    served.wait(second, "Paused")
-    asked = num_steps(folder)
-    assert RunDir(folder).metrics() == done[:asked]
-    assert asked >= len(done) - 1  # a step that was cancelled in its checkpoint is done again
-    form = served.form(second)
-    assert f"Step {asked + 1}: 4 of 4 references" in form["description"]
-    assert form["properties"]["accept"]["enum"] == ["update", "skip this step"]
-    served.answer(second, accept="skip this step", note="all wrong")
-    until(lambda: num_steps(folder) > asked, "the step is done")
-    served.wait(second, "Paused")
-    served.answer(second, accept="update")
     served.wait(second, "Completed")
-    skipped, updated = RunDir(folder).metrics()[asked:]
-    assert skipped["policy/skipped"] == 1.0 and "policy/skipped" not in updated
-    assert [RunDir(folder).read_decision(asked + i) for i in range(3)] == [False, True, None]
+    kept = num_steps(folder) - 1
+    assert RunDir(folder).metrics()[:kept] == done[:kept]
+    assert kept >= len(done) - 1  # a step that was cancelled in its checkpoint is done again
+
+
+def test_a_run_that_fails_is_tried_once_more_from_its_last_step_on(served: Served):
+    folder = served.folder / "runs" / "failing"
+    in_the_way = folder / "steps" / "000001"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()
+    failing = served.run("runs/failing", num_steps=2, retry_delay_s=5)
+    served.wait(failing, "AwaitingRetry")
+    in_the_way.unlink()
+    [done] = RunDir(folder).metrics()
+    served.wait(failing, "Completed")
+    assert served.get(f"flow_runs/{failing}")["run_count"] == 2
+    assert RunDir(folder).metrics()[0] == done
+    assert num_steps(folder) == 3  # each try has the whole budget
 
 
 def test_when_worker_and_run_are_killed_all_ends_and_a_new_start_goes_on(served: Served):
