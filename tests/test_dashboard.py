@@ -182,6 +182,7 @@ def add_schedule(page: Any, run_dir: str) -> None:
     page.get_by_role("option", name="Seconds").click()
     dialog.get_by_role("button", name="Open menu").first.click()
     page.get_by_role("menuitem", name="Omit value").click()
+    dialog.get_by_label("Prompts (Optional)").wait_for(state="hidden")
     dialog.get_by_label("run_dir").fill(run_dir)
     dialog.get_by_role("button", name="Save").click()
     dialog.wait_for(state="hidden")
