@@ -62,13 +62,24 @@ class Served:
         return found
 
     def get(self, path: str) -> Any:
-        return httpx.get(f"{self.url}/{path}").raise_for_status().json()
+        return self._ask("GET", path).json()
 
     def post(self, path: str, **body: Any) -> Any:
-        return httpx.post(f"{self.url}/{path}", json=body).raise_for_status().json()
+        return self._ask("POST", path, json=body).json()
 
     def patch(self, path: str, **body: Any) -> None:
-        httpx.patch(f"{self.url}/{path}", json=body).raise_for_status()
+        self._ask("PATCH", path, json=body)
+
+    def _ask(self, method: str, path: str, **sent: Any) -> httpx.Response:
+        """Again while the database is locked, as Prefect's own client does."""
+        answers: list[httpx.Response] = []
+
+        def is_answered() -> bool:
+            answers.append(httpx.request(method, f"{self.url}/{path}", timeout=60, **sent))
+            return answers[-1].status_code != httpx.codes.SERVICE_UNAVAILABLE
+
+        until(is_answered, f"{path} is answered")
+        return answers[-1].raise_for_status()
 
     def deployments(self) -> dict[str, dict[str, Any]]:
         return {each["name"]: each for each in self.post("deployments/filter")}
@@ -115,7 +126,7 @@ def small_config(deployment: dict[str, Any], num_steps: int, **train: Any) -> di
     }
 
 
-def until(is_so: Callable[[], bool], what: str) -> None:
+def until(is_so: Callable[[], object], what: str) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not is_so():
         assert time.monotonic() < deadline, f"never: {what}"
