@@ -134,7 +134,7 @@ def until(is_so: Callable[[], object], what: str) -> None:
 
 
 def two_free_ports() -> int:
-    """The first of two, one after the other. Ports are taken later: no two processes look in the same place."""
+    """The first of two, one after the other; no two processes look in the same place."""
     for port in range(20000 + 10 * os.getpid() % 20000, 65000):
         with socket.socket() as one, socket.socket() as two:
             try:

@@ -77,6 +77,13 @@ def test_a_run_from_the_form_to_a_reviewed_reference(served: Served, page: Any):
 
     page.get_by_role("tab", name="Artifacts").click()
     page.get_by_text("runs-first-report").first.wait_for()
+    page.get_by_text("runs-first-curves").first.click()
+    page.locator('a[href*="/artifacts/artifact/"]').first.click()
+    page.get_by_role("img", name="The run's curves").wait_for()
+    assert page.get_by_role("img", name="The run's curves").evaluate("image => image.naturalWidth") > 500
+    picture(page, "curves")
+    page.go_back()
+    page.go_back()
     page.get_by_text("runs-first-references").first.click()
     page.locator('a[href*="/artifacts/artifact/"]').first.click()
     page.get_by_role("row").nth(1).wait_for()
