@@ -94,21 +94,18 @@ async def orchestrated(preset: str, overrides: list[str], run: Path) -> list[flo
     return clock.seconds
 
 
-def measure(preset: str, rounds: int) -> dict[str, Any]:
+def measure(preset: str, rounds: int, runs: Path) -> dict[str, Any]:
     ways = {"bare": bare, "orchestrated": orchestrated}
     seconds: dict[str, list[list[float]]] = {name: [] for name in ways}
-    with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as address:
-        os.environ |= {"PREFECT_API_URL": address, "PREFECT_HOME": folder}
-        for done in range(rounds):
-            overrides = [f"train.steps={STEPS * (done + 1)}"]
-            for name in list(ways)[:: 1 if done % 2 else -1]:
-                run = Path(folder) / "runs" / name
-                seconds[name].append(asyncio.run(ways[name](preset, overrides, run)))
-        figures = [
-            [json.loads(line)["reward/mean"] for line in path.read_text().splitlines()]
-            for path in (Path(folder) / "runs" / name / "metrics.jsonl" for name in ways)
-        ]
-        assert figures[0] == figures[1]
+    for done in range(rounds):
+        overrides = [f"train.steps={STEPS * (done + 1)}"]
+        for name in list(ways)[:: 1 if done % 2 else -1]:
+            seconds[name].append(asyncio.run(ways[name](preset, overrides, runs / name)))
+    figures = [
+        [json.loads(line)["reward/mean"] for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ways
+    ]
+    assert figures[0] == figures[1]
     every = {name: [time for times in rounds for time in times] for name, rounds in seconds.items()}
     medians = {name: statistics.median(times) for name, times in every.items()}
     means = {name: statistics.fmean(times) for name, times in every.items()}
@@ -129,7 +126,11 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=["lab-verifiable", "lab-open"])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    figures = {preset: measure(preset, arguments.rounds) for preset in arguments.presets}
+    with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as address:
+        os.environ |= {"PREFECT_API_URL": address, "PREFECT_HOME": folder}  # which Prefect reads once
+        figures = {
+            preset: measure(preset, arguments.rounds, Path(folder) / preset) for preset in arguments.presets
+        }
     print(json.dumps(figures, indent=2))
     if arguments.out:
         arguments.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
