@@ -13,7 +13,8 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(BIN)/python $(PIP_INSTALL)
 VLLM_BIN := .venv-vllm/bin
 # Whole files, so that what a file's tests share is started once; conftest.py has put the longest ahead.
-AT_ONCE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# A worker more than there are processors where tests wait for servers and browsers; vLLM leaves no room for one.
+AT_ONCE := --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # One thread: the models of the lab are so small that a second one costs more than it brings.
 export OMP_NUM_THREADS := 1
@@ -50,8 +51,8 @@ serve: .venv/.installed ## The dashboard on http://127.0.0.1:4200: schedule, wat
 	$(BIN)/cat-grpo serve
 
 test: .venv/.installed-dev .venv-vllm/.installed chromium lint ## Lint, format check, types, then every test
-	$(BIN)/python -m pytest $(AT_ONCE)
-	$(VLLM_BIN)/python -m pytest $(AT_ONCE) -m vllm -W default $$(grep -l mark.vllm tests/test_*.py)
+	$(BIN)/python -m pytest -n $$($(BIN)/python -c 'import os; print(os.cpu_count() + 1)') $(AT_ONCE)
+	$(VLLM_BIN)/python -m pytest -n auto $(AT_ONCE) -m vllm -W default $$(grep -l mark.vllm tests/test_*.py)
 
 lint: .venv/.installed-dev ## Only the static checks
 	$(BIN)/ruff check --no-cache .
