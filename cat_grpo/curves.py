@@ -4,11 +4,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from markupsafe import Markup
 
 from cat_grpo.metrics import Metrics, mean
 from cat_grpo.selection import SCORE, WINDOW
+
+T = TypeVar("T")
 
 Curve = Mapping[int, float]
 """The value at each step, counted from 1."""
@@ -67,13 +70,19 @@ class Panel:
     title: str
     curves: Mapping[tuple[str, str], Curve]
     """By (class of the line, label)."""
+    scale: "Scale"
 
     @property
     def svg(self) -> Markup:
         """A picture that knows its values: steps, values and where they stand."""
-        scale = _scale(list(self.curves.values()))
         known = [
-            {"label": label, "points": [[step, v, scale.x(step), scale.y(v)] for step, v in _thinned(curve)]}
+            {
+                "label": label,
+                "points": [
+                    [step, value, self.scale.x(step), self.scale.y(value)]
+                    for step, value in _thinned([*curve.items()], MOST_POINTS)
+                ],
+            }
             for (_, label), curve in self.curves.items()
         ]
         return Markup(
@@ -83,9 +92,8 @@ class Panel:
 
     def drawing(self, most_points: int = MOST_POINTS) -> Markup:
         """What is inside the picture."""
-        scale = _scale(list(self.curves.values()))
-        lines = [_lines(look, curve, scale, most_points) for (look, _), curve in self.curves.items()]
-        return Markup("").join([_axes(scale), *lines])
+        lines = [_lines(look, curve, self.scale, most_points) for (look, _), curve in self.curves.items()]
+        return Markup("").join([_axes(self.scale), *lines])
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +127,7 @@ def panels(runs: Mapping[str, Sequence[Metrics]]) -> list[Panel]:
                 look = f"c{k}" if len(runs) == 1 else f"c{i} d{k}"
                 curves[look, label if len(runs) == 1 else f"{run}: {label}"] = curve
         if curves:
-            drawn.append(Panel(title, curves))
+            drawn.append(Panel(title, curves, _scale(list(curves.values()))))
     return drawn
 
 
@@ -174,12 +182,12 @@ def _curves(history: Sequence[Metrics], names: Mapping[str, str]) -> dict[str, C
 
 def _lines(look: str, curve: Curve, scale: Scale, most_points: int) -> Markup:
     """Few steps as dots on a line; many faint, under their running mean."""
-    points = _thinned(curve, most_points)
+    points = _thinned([*curve.items()], most_points)
     if len(curve) <= MOST_DOTS:
         return _line(look, points, scale) + _dots(look, points, scale)
     values = list(curve.values())
-    positions = _thinned({step: i for i, step in enumerate(curve, start=1)}, most_points)
-    recent = [(step, mean(values[max(0, int(i) - WINDOW) : int(i)])) for step, i in positions]
+    kept = _thinned([*enumerate(curve, start=1)], most_points)
+    recent = [(step, mean(values[max(0, i - WINDOW) : i])) for i, step in kept]
     return _line(f"{look} faint", points, scale) + _line(look, recent, scale)
 
 
@@ -194,9 +202,8 @@ def _dots(look: str, points: Sequence[tuple[int, float]], scale: Scale) -> Marku
     return Markup('<path class="{} dots" d="{}"/>').format(look, path)
 
 
-def _thinned(curve: Curve, most_points: int = MOST_POINTS) -> list[tuple[int, float]]:
-    """The last step is always among them."""
-    points = list(curve.items())
+def _thinned(points: Sequence[T], most_points: int) -> Sequence[T]:
+    """The last is always among them."""
     stride = -(-len(points) // most_points)
     return points[::-1][::stride][::-1]
 

@@ -59,15 +59,15 @@ class Dashboard:
     async def show_step(self, history: Sequence[Metrics], alarm: str | None) -> None:
         """The last step's figures and references; the curves too where it has a checkpoint."""
         await self._shown()
-        self._showing = asyncio.create_task(self._show_step(len(history) - 1, history, alarm))
+        self._showing = asyncio.create_task(self._show_step(history, alarm))
 
     async def _shown(self) -> None:
         if self._showing:
             await self._showing
 
-    async def _show_step(self, step: int, history: Sequence[Metrics], alarm: str | None) -> None:
+    async def _show_step(self, history: Sequence[Metrics], alarm: str | None) -> None:
         self._raise_alarms(history, alarm)
-        train = self.run.config.train
+        step, train = len(history) - 1, self.run.config.train
         scored = await asyncio.to_thread(self.run.read_step, step, MAX_ROWS)
         link = inspector_link(self.run.path, step)
         page = _headed(link, step_markdown(history, scored, train.steps, alarm))
@@ -78,7 +78,7 @@ class Dashboard:
         await publish(acreate_table_artifact(rows, f"{self._key}-references", shown))
         if SCORE in history[-1]:
             # A page with the image in it: below an image artifact Prefect prints its whole data URI.
-            image = base64.b64encode(picture(history).encode()).decode()
+            image = base64.b64encode((await asyncio.to_thread(picture, history)).encode()).decode()
             page = f"![The run's curves](data:image/svg+xml;base64,{image})"
             await publish(acreate_markdown_artifact(page, f"{self._key}-curves", f"Up to step {step + 1}"))
         await self._show_progress(step + 1)

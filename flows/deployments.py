@@ -61,14 +61,7 @@ def silent_runs_crash(heartbeat_s: int) -> AutomationCore:
     return AutomationCore(
         name="cat-grpo: a run whose worker died has crashed",
         description="Its next run goes on from the last finished step.",
-        trigger=EventTrigger(
-            match={"prefect.resource.id": "prefect.flow-run.*"},  # type: ignore[arg-type]
-            for_each={"prefect.resource.id"},
-            posture=Posture.Proactive,
-            after=alive,
-            expect=alive | _events(*ENDS, *PAUSES),
-            within=timedelta(seconds=3 * heartbeat_s),
-        ),
+        trigger=_overdue(after=alive, expect=alive | _events(*ENDS, *PAUSES), limit_s=3 * heartbeat_s),
         actions=[
             ChangeFlowRunState(
                 name=None, state=StateType.CRASHED, message="No sign of life: its worker died.", force=False
@@ -92,21 +85,26 @@ def alarm_pauses() -> AutomationCore:
     )
 
 
-def long_runs_end(limit_s: int = LIMIT_S) -> AutomationCore:
+def long_runs_end() -> AutomationCore:
     """An example of a time limit; off until a user turns it on."""
     return AutomationCore(
         name="cat-grpo: a run that takes longer than a day is cancelled (an example)",
         description="Its next run goes on from the last finished step. A pause starts the day anew.",
         enabled=False,
-        trigger=EventTrigger(
-            match={"prefect.resource.id": "prefect.flow-run.*"},  # type: ignore[arg-type]
-            for_each={"prefect.resource.id"},
-            posture=Posture.Proactive,
-            after=_events("Running"),
-            expect=_events(*ENDS, *PAUSES),
-            within=timedelta(seconds=limit_s),
-        ),
+        trigger=_overdue(after=_events("Running"), expect=_events(*ENDS, *PAUSES), limit_s=LIMIT_S),
         actions=[CancelFlowRun()],
+    )
+
+
+def _overdue(after: set[str], expect: set[str], limit_s: int) -> EventTrigger:
+    """Of a run by itself: so long after one of the first events none of the second has come."""
+    return EventTrigger(
+        match={"prefect.resource.id": "prefect.flow-run.*"},  # type: ignore[arg-type]
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        after=after,
+        expect=expect,
+        within=timedelta(seconds=limit_s),
     )
 
 
