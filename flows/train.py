@@ -12,8 +12,9 @@ from prefect.cache_policies import NO_CACHE
 
 from cat_grpo.config import BudgetConfig, Config
 from cat_grpo.metrics import Metrics
+from cat_grpo.opening import open_loop
 from cat_grpo.selection import alarm
-from cat_grpo.step import Loop, Stage, open_loop, train_step
+from cat_grpo.step import Loop, Stage, train_step
 from flows.artifacts import Dashboard
 from flows.gate import ask, refuse_unseen
 from flows.secrets import read_secrets

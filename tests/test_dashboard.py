@@ -48,7 +48,8 @@ def start_from_form(page: Any, served: Served, run_dir: str, num_steps: int) -> 
     page.get_by_label("Group Size (Optional)").fill("4")
     page.get_by_label("run_dir").fill(run_dir)
     before = {run["id"] for run in served.post("flow_runs/filter")}
-    click(page.get_by_role("button", name="Submit"), partial(page.wait_for_url, re.compile("tab=Runs")))
+    submit = page.get_by_role("button", name="Submit")
+    click(submit, partial(submit.wait_for, state="hidden"))
     [made] = [run["id"] for run in served.post("flow_runs/filter") if run["id"] not in before]
     page.goto(f"{served.ui}/v2/runs/flow-run/{made}")
 

@@ -387,7 +387,7 @@ def test_the_walk_over_types_finds_what_is_held():
 
 
 TRAINING_ROOMS = ("rollouts", "references", "rewards", "rubrics", "batches", "learner", "data", "grpo")
-READERS_OF_GOLD = {"evaluate", "step", "cli"}  # step: to validate where the user gave a labelled file
+READERS_OF_GOLD = {"evaluate", "opening", "step", "cli"}  # a run validates on a labelled file
 
 
 def imported_rooms() -> dict[str, set[str]]:

@@ -15,8 +15,9 @@ from cat_grpo.engines import Sampling
 from cat_grpo.engines.hf import HFEngine, load_model_and_tokenizer
 from cat_grpo.learner import Learner
 from cat_grpo.lora import add_adapters
+from cat_grpo.opening import open_loop
 from cat_grpo.presets import load_config
-from cat_grpo.step import open_loop, train_step
+from cat_grpo.step import train_step
 
 LAB = ModelConfig(path="lab")
 PROMPT = [{"role": "user", "content": "Work out 12 + 30."}]

@@ -19,8 +19,9 @@ import torch
 
 from cat_grpo.lab.problems import labelled_rows, unlabelled, write_problems
 from cat_grpo.learner import NotFiniteError
+from cat_grpo.opening import open_loop
 from cat_grpo.presets import load_config
-from cat_grpo.step import Loop, open_loop, train_step
+from cat_grpo.step import Loop, train_step
 
 STEPS, CHECKPOINT_EVERY, NUM_SHARDS = 7, 2, 2
 STAGES = ("rollouts", "references", "scores")

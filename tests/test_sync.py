@@ -6,15 +6,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cat_grpo import step as steps
+from cat_grpo import opening
 from cat_grpo.config import ModelConfig
 from cat_grpo.engines import Engines, SyncError
 from cat_grpo.engines.hf import HFEngine, load_model_and_tokenizer
 from cat_grpo.engines.roles import open_engine
 from cat_grpo.engines.scripted import ScriptedEngine
 from cat_grpo.lora import ADAPTER_WEIGHTS, add_adapters
+from cat_grpo.opening import open_loop
 from cat_grpo.presets import load_config
-from cat_grpo.step import open_loop, train_step
+from cat_grpo.step import train_step
 from cat_grpo.sync import Probe, check_sync, make_probes, send_weights
 
 PROBES = [Probe("one", (5, 6, 7), (8, 9)), Probe("two", (9, 8), (7, 6, 5))]
@@ -106,7 +107,7 @@ async def loop_with_an_engine_of_its_own(run: Path, monkeypatch, engine: HFEngin
     async def roles(config, live, secrets) -> Engines:
         return Engines(engine, live, live)
 
-    monkeypatch.setattr(steps, "open_roles", roles)
+    monkeypatch.setattr(opening, "open_roles", roles)
     return await open_loop(load_config("lab-verifiable", None, SETTINGS), run)
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from cat_grpo.config import Config
+from cat_grpo.opening import open_loop
 from cat_grpo.presets import load_config
-from cat_grpo.step import Loop, open_loop, train_step
+from cat_grpo.step import Loop, train_step
 from serving import Server, free_port, start
 
 pytestmark = pytest.mark.vllm

@@ -68,9 +68,10 @@ class Clock(logging.Handler):
 
 
 async def bare(preset: str, overrides: list[str], run: Path) -> list[float]:
+    from cat_grpo.opening import open_loop
     from cat_grpo.presets import load_config
     from cat_grpo.selection import alarm
-    from cat_grpo.step import open_loop, train_step
+    from cat_grpo.step import train_step
 
     loop = await open_loop(load_config(preset, None, overrides), run)
     seconds = []
