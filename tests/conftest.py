@@ -37,8 +37,8 @@ def lab_model() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Files run side by side, by name. This one takes minutes: it would begin late, and end after all others.
-    items.sort(key=lambda item: item.path.name != "test_serve.py")
+    # Files run side by side, by name. These take minutes, mostly of waiting: they would end after all others.
+    items.sort(key=lambda item: item.path.name not in ("test_dashboard.py", "test_serve.py"))
     if find_spec("vllm") is None:
         for item in items:
             if item.get_closest_marker("vllm"):
