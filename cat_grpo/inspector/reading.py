@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pandas  # noqa: F401 - pyarrow imports it at its first array: now, not amid somebody's first page
 import pyarrow as pa
 import pyarrow.parquet as pq
 

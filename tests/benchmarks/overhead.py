@@ -108,16 +108,13 @@ def measure(preset: str, rounds: int, runs: Path) -> dict[str, Any]:
     ]
     assert figures[0] == figures[1]
     every = {name: [time for times in rounds for time in times] for name, rounds in seconds.items()}
-    medians = {name: statistics.median(times) for name, times in every.items()}
-    means = {name: statistics.fmean(times) for name, times in every.items()}
-    paired = zip(*([statistics.fmean(times) for times in seconds[name]] for name in ways), strict=True)
+    # A step's work is the same both ways, and differs from that of the next: so step by step.
+    shares = [1 - bare / whole for bare, whole in zip(*every.values(), strict=True)]
     return {
         "seconds": seconds,
-        "median": medians,
-        "mean": means,
-        "share of the means": 1 - means["bare"] / means["orchestrated"],
-        "share of the medians": 1 - medians["bare"] / medians["orchestrated"],
-        "share, median of the rounds": statistics.median(1 - bare / whole for bare, whole in paired),
+        "median": {name: statistics.median(times) for name, times in every.items()},
+        "share": statistics.median(shares),
+        "share, quartiles": statistics.quantiles(shares)[::2],
     }
 
 

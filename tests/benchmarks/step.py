@@ -1,10 +1,10 @@
 """Steps of training on vLLM: shards that walk by themselves, beside one stage after another; and the whole
 step, beside TRL with a judge that writes a verdict a criterion.
 
-Streaming: rollouts, references and rubrics of ragged lengths, the same for both: lognormal, either mildly so or
-as reasoning is said to be. Groups are small for a pass to cost little more than it costs with one, as it does on
-a GPU. "limit" is what the ratio would be if a pass cost just that: the longest walk of a problem through its
-stages, over the sum of each stage's longest.
+Streaming: rollouts, references and rubrics of ragged lengths, the same for both: lognormal, either mildly so
+or as reasoning is said to be. Groups are small, for a pass to cost little more than it costs with one, as it
+does on a GPU. "limit" is what the ratio would be if a pass cost just that: the longest walk of a problem
+through its stages, over the sum of each stage's longest.
 
 The whole step: one of the lab's open problems; TRL 1.16 at its defaults generates with transformers and has
 its rewards from vLLM, without references and rubrics: it is given five criteria a problem. Both take turns.
