@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from dashboard import until
 
 from cat_grpo.trackers import open_tracker
 
@@ -44,7 +45,8 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert files
     assert len({path.stem for path in files}) == 1  # one run, by its id
-    assert b"reward/mean" in max(files).read_bytes()
+    # A process of wandb's own writes the file, perhaps after `finish` has returned.
+    until(lambda: b"reward/mean" in max(files).read_bytes(), "the figures of the second start")
 
 
 def test_trackio(tmp_path: Path):
