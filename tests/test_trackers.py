@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from dashboard import until
 
 from cat_grpo.trackers import open_tracker
+from dashboard import until
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the trackers' own libraries
 
