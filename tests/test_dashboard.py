@@ -44,8 +44,6 @@ def start_from_form(page: Any, served: Served, run_dir: str, num_steps: int) -> 
     page.get_by_text("Custom run").first.click()
     page.get_by_label("run_dir").and_(page.get_by_text("runs/lab-verifiable")).wait_for()
     page.get_by_label("Steps (Optional)", exact=True).first.fill(str(num_steps))
-    page.get_by_label("Problems Per Step (Optional)").fill("16")
-    page.get_by_label("Group Size (Optional)").fill("4")
     page.get_by_label("run_dir").fill(run_dir)
     before = {run["id"] for run in served.post("flow_runs/filter")}
     submit = page.get_by_role("button", name="Submit")
