@@ -244,9 +244,9 @@ class TrainConfig(Section):
     """Train until this step."""
     problems_per_step: int = Field(default=32, ge=1)
     """Problems in each step; times group_size gives the rollouts per update."""
-    shard_size: int = Field(default=8, ge=1)
-    """Problems that walk through the stages together. Shards do not wait for each other: where some rollouts
-    are much longer than others, small ones keep the engines busy."""
+    shard_size: int | None = Field(default=None, ge=1)
+    """Problems that walk through the stages together, in one file a stage. Shards do not wait for each other.
+    None: each problem walks by itself, or, where transformers answers, the whole step together."""
     checkpoint_every: int = Field(default=10, ge=1)
     """Steps between checkpoints: at most this many are done again after a crash."""
     validation: str | None = None
@@ -296,6 +296,13 @@ class Config(Section):
     learner: LearnerConfig = Field(default=LearnerConfig(), title="Learner")
     train: TrainConfig = Field(default=TrainConfig(), title="Training")
     budget: BudgetConfig = Field(default=BudgetConfig(), title="Budget")
+
+    @property
+    def shard_size(self) -> int:
+        """`train.shard_size`, or what suits the engines: transformers makes a batch of each call, the others
+        of all calls that there are, so that no problem need wait for the long rollouts of another."""
+        answers = {model.engine for model in (self.model, self.anchor, self.judge) if model}
+        return self.train.shard_size or (self.train.problems_per_step if "hf" in answers else 1)
 
     @model_validator(mode="after")
     def _anchor_and_policy_are_compared_alike(self) -> "Config":

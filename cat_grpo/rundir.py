@@ -115,7 +115,7 @@ class RunDir:
         """The groups of all shards of a step that are done, in order; or only the `first` so many."""
         num_shards = len(list(self.step_folder(step).glob("scores-*.parquet")))
         if first is not None:
-            num_shards = min(num_shards, -(-first // self.config.train.shard_size))
+            num_shards = min(num_shards, -(-first // self.config.shard_size))
         return [scored for shard in range(num_shards) for scored in self.read_scored(step, shard)][:first]
 
     def summaries_file(self, step: int) -> Path:

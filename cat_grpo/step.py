@@ -74,14 +74,14 @@ class Loop:
 
     @property
     def num_shards(self) -> int:
-        return -(-self.config.train.problems_per_step // self.config.train.shard_size)
+        return -(-self.config.train.problems_per_step // self.config.shard_size)
 
     async def rollouts(self, step: int, shard: int) -> Path:
         """Stage 1 on one shard of the step's problems."""
         path = self.run.stage_file(step, "rollouts", shard)
         if path.exists():
             return path
-        chosen, size = self._problems_of(step), self.config.train.shard_size
+        chosen, size = self._problems_of(step), self.config.shard_size
         part = slice(shard * size, (shard + 1) * size)
         seeds = [self.run.seed(step, "rollouts", key) for key in rollout_keys(chosen)[part]]
         policy = self._metered("rollouts", self.engines.policy)

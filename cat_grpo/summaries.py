@@ -1,6 +1,6 @@
 """A step's groups, one row each: what a person searches, filters and sorts them by, without reading rollouts.
 
-Group i of a step stands in shard i // train.shard_size, at place i % train.shard_size.
+Group i of a step stands in shard i // shard_size, at place i % shard_size.
 """
 
 from collections.abc import Sequence

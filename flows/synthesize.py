@@ -1,10 +1,11 @@
-"""Compute as Teacher without training: the reference is the answer. One task per shard of a file."""
+"""Compute as Teacher without training: the reference is the answer. One task per step's worth of problems."""
 
 import asyncio
 import json
 import logging
 import os
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from cat_grpo.answers import extract_answer, same_answer
 from cat_grpo.config import Config
 from cat_grpo.data import load_problems
-from cat_grpo.engines import Engines
+from cat_grpo.engines import Engines, together
 from cat_grpo.engines.roles import open_engines
 from cat_grpo.records import Group, Problem, Reference
 from cat_grpo.references import estimate_references
@@ -28,6 +29,8 @@ from flows.secrets import read_secrets
 
 log = logging.getLogger(__name__)
 
+AT_ONCE = 2
+"""Tasks under way: while the last long rollouts of one end, the other keeps the engines busy."""
 COLUMNS = pa.schema(
     [
         ("id", pa.string()),
@@ -56,21 +59,29 @@ async def synthesize(config: Config, out: str) -> str:
     if path.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"{out}: expected a name that ends in .jsonl or .parquet")
     problems = load_problems(config.data)
+    batches = _cut(problems, config.train.problems_per_step)
     secrets = await read_secrets(config)
     policy, anchor = await open_engines([config.model, config.anchor or config.model], secrets)
     engines = Engines(policy, anchor, anchor)
 
-    @task(task_run_name="synthesize-{shard:05d}", cache_policy=NO_CACHE, persist_result=False)
-    async def synthesize_shard(shard: int) -> list[Row]:
-        size = config.train.shard_size
-        return await _rows(problems[shard * size : (shard + 1) * size], engines, config)
+    @task(task_run_name="synthesize-{batch:05d}", cache_policy=NO_CACHE, persist_result=False)
+    async def synthesize_batch(batch: int) -> list[Row]:
+        shards = _cut(batches[batch], config.shard_size)
+        return list(chain(*await together(_rows(shard, engines, config) for shard in shards)))
 
-    rows: list[Row] = []
+    room, num_done = asyncio.Semaphore(AT_ONCE), 0
+
+    async def in_turn(batch: int) -> list[Row]:
+        nonlocal num_done
+        async with room:
+            made = await synthesize_batch(batch)
+        num_done += len(made)
+        done = (num_done, len(problems))
+        log.info("%d of %d problems", *done, extra={"progress": done})
+        return made
+
     try:
-        while len(rows) < len(problems):
-            rows += await synthesize_shard(len(rows) // config.train.shard_size)
-            done = (len(rows), len(problems))
-            log.info("%d of %d problems", *done, extra={"progress": done})
+        rows = list(chain(*await together(in_turn(batch) for batch in range(len(batches)))))
     finally:
         await engines.close()
     await asyncio.to_thread(_write_whole, path, rows)
@@ -78,6 +89,10 @@ async def synthesize(config: Config, out: str) -> str:
     about = f"{len(shown)} of {len(rows)} rows. In full: {out}"
     await publish(acreate_table_artifact(shown, f"{artifact_key(path.name)}-references", about))
     return out
+
+
+def _cut(problems: Sequence[Problem], size: int) -> list[Sequence[Problem]]:
+    return [problems[first : first + size] for first in range(0, len(problems), size)]
 
 
 async def _rows(problems: Sequence[Problem], engines: Engines, config: Config) -> list[Row]:

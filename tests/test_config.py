@@ -208,6 +208,23 @@ def test_a_bad_key_of_a_file_is_named(tmp_path):
     assert error_of(file=tmp_path / "mine.toml").startswith("config: train.stepz: ")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "size"),
+    [
+        ((), 32),
+        (("train.problems_per_step=6",), 6),
+        (("model.engine=vllm",), 1),
+        (("model.engine=vllm", "judge.path=other", "judge.engine=vllm"), 1),
+        (("model.engine=vllm", "judge.path=other", "judge.engine=hf"), 32),
+        (("model.engine=vllm", "anchor.engine=hf"), 32),
+        (("model.engine=vllm", "train.shard_size=4"), 4),
+        (("train.shard_size=4",), 4),
+    ],
+)
+def test_each_problem_walks_by_itself_unless_transformers_answers(overrides, size):
+    assert load_config(overrides=overrides).shard_size == size
+
+
 def test_a_config_is_frozen():
     with pytest.raises(ValueError, match="frozen"):
         Config().train.steps = 3

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,14 @@ from prefect.testing.utilities import prefect_test_harness
 
 import cat_grpo.step
 import flows.artifacts
+import flows.synthesize
 from cat_grpo.config import BudgetConfig, Config, ModelConfig, ServerConfig
 from cat_grpo.order import Change, read_changes
 from cat_grpo.presets import load_config
+from cat_grpo.records import Problem
 from cat_grpo.reviews import REVIEWS, Review, append_review, now
 from cat_grpo.rundir import RunDir
+from cat_grpo.tables import Row
 from flows.artifacts import artifact_key, inspector_link
 from flows.demo import make_room
 from flows.evaluate import evaluate
@@ -164,14 +167,20 @@ async def test_a_dashboard_that_is_away_costs_no_training(
     assert "could not be published: ConnectError: connection refused" in caplog.text
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-async def test_synthesize_writes_a_row_per_problem(tiny: Tiny, tmp_path: Path, suffix: str):
-    problems = tmp_path / "problems.jsonl"
+def five_sums(folder: Path) -> tuple[list[str], str]:
+    """The prompts of one problem more than a step of `tiny` takes, and the setting that names their file."""
     prompts = [f"Add each pair: {n} + 11, 12 + 13, 14 + 15, 16 + 17." for n in range(20, 25)]
     rows = [{"id": str(i), "kind": "verifiable", "prompt": prompt} for i, prompt in enumerate(prompts)]
+    problems = folder / "problems.jsonl"
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return prompts, f"data.path={json.dumps(str(problems))}"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+async def test_synthesize_writes_a_row_per_problem(tiny: Tiny, tmp_path: Path, suffix: str):
+    prompts, data = five_sums(tmp_path)
     out = tmp_path / "new" / f"out{suffix}"
-    await synthesize(tiny(f"data.path={json.dumps(str(problems))}"), str(out))
+    await synthesize(tiny(data), str(out))
     if suffix == ".parquet":
         made = pq.read_table(out).to_pylist()
     else:
@@ -183,6 +192,23 @@ async def test_synthesize_writes_a_row_per_problem(tiny: Tiny, tmp_path: Path, s
         both = row["answer"] is not None and row["majority"] is not None
         assert row["agrees"] == (row["answer"] == row["majority"] if both else None)
     assert not temporary_files(tmp_path)
+
+
+async def test_the_next_references_begin_before_the_last_are_there(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fifth_has_begun, rows_of = asyncio.Event(), flows.synthesize._rows
+
+    async def rows_once_the_fifth_has_begun(problems: Sequence[Problem], *rest: Any) -> list[Row]:
+        if problems[0].id == "4":
+            fifth_has_begun.set()
+        await asyncio.wait_for(fifth_has_begun.wait(), timeout=60)
+        return await rows_of(problems, *rest)
+
+    monkeypatch.setattr(flows.synthesize, "_rows", rows_once_the_fifth_has_begun)
+    prompts, data = five_sums(tmp_path)
+    out = await synthesize(tiny(data), str(tmp_path / "out.jsonl"))
+    assert [json.loads(line)["prompt"] for line in Path(out).read_text().splitlines()] == prompts
 
 
 async def test_synthesize_refuses_another_format_before_any_work(tiny: Tiny, tmp_path: Path):

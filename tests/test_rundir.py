@@ -111,7 +111,7 @@ def test_shards_are_read_in_the_order_of_their_numbers(tmp_path):
 
 def test_the_first_groups_are_read_from_as_few_shards_as_hold_them(tmp_path):
     run = opened(tmp_path / "run")
-    size = run.config.train.shard_size
+    size = run.config.shard_size
     shards = [[scored_group(f"{shard} {i}", 1.0) for i in range(size)] for shard in range(3)]
     for i, shard in enumerate(shards):
         write_scored(run, 0, i, shard)

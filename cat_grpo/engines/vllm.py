@@ -158,6 +158,8 @@ class VLLMEngine:
 
     async def close(self) -> None:
         """Ends the child processes. The other view of the engine may close it, too."""
+        if self._llm.output_handler:  # it would print their end as a failure
+            self._llm.output_handler.cancel()
         await asyncio.to_thread(self._llm.shutdown)
 
     async def _load_adapter(self, checkpoint: Path) -> None:

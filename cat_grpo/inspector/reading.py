@@ -180,7 +180,7 @@ def place_of(run: RunDir, step: int, group: int) -> int:
 
 def read_group(run: RunDir, step: int, group: int) -> ScoredGroup:
     """One group in full, out of its shard's files."""
-    shard, place = divmod(group, run.config.train.shard_size)
+    shard, place = divmod(group, run.config.shard_size)
     rollouts, scores = (
         _rows_at(path, _rollouts_at(path, place))
         for path in (run.stage_file(step, "rollouts", shard), run.stage_file(step, "scores", shard))
@@ -267,7 +267,7 @@ def _read_shards(folder: Path, step: int, shards: tuple[tuple[int, int], ...]) -
     run = RunDir(folder)
     tables = []
     for shard, _ in shards:
-        rows = summarise(run.read_scored(step, shard), shard * run.config.train.shard_size)
+        rows = summarise(run.read_scored(step, shard), shard * run.config.shard_size)
         tables.append(pa.Table.from_pylist([asdict(row) for row in rows], schema=SUMMARIES))
     return pa.concat_tables(tables)
 

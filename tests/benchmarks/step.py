@@ -1,8 +1,8 @@
 """Steps of training on vLLM: shards that walk by themselves, beside one stage after another; and the whole
 step, beside TRL with a judge that writes a verdict a criterion.
 
-Streaming: rollouts, references and rubrics of ragged lengths, the same for both: lognormal, either mildly so
-or as reasoning is said to be. Groups are small, for a pass to cost little more than it costs with one, as it
+Streaming: rollouts, references and rubrics of ragged lengths, the same for both: lognormal, from mildly so to
+as reasoning is said to be. Groups are small, for a pass to cost little more than it costs with one, as it
 does on a GPU. "limit" is what the ratio would be if a pass cost just that: the longest walk of a problem
 through its stages, over the sum of each stage's longest.
 
@@ -46,7 +46,7 @@ from cat_grpo.step import train_step
 
 LAB = str(shipped("data", "lab", "model"))
 GROUP_SIZE = 8
-RAGGED = {"mild": (0.45, 0.5), "reasoning": (0.16, 1.0)}
+RAGGED = {"mild": (0.45, 0.5), "heavy": (0.25, 1.0), "reasoning": (0.16, 1.0)}
 """Mean over the longest, and the standard deviation of the logarithm of a length. Reasoning: a median of 500
 tokens and a 99th percentile, where it is cut, of 5,000."""
 
@@ -81,6 +81,10 @@ class Ragged(VLLMEngine):
         self.longest[AT.get()] = max(length, self.longest.get(AT.get(), 0))
         return await super()._ask(ids, sampling)
 
+    async def forget(self) -> None:
+        """Of the same prompts the second to ask would find the first one's work done."""
+        assert await self._llm.reset_prefix_cache()
+
     async def generate(self, prompts, sampling: Sampling):
         """Each completion is a request of its own, with a length of its own, and is taken as whole."""
         generate = super().generate
@@ -112,7 +116,8 @@ async def streaming(
     engine.mean, engine.spread = ragged
     lengths = [f"{key}={max_tokens}" for key in ("rollout.max_tokens", "reference.max_tokens")]
     overrides = [*lengths, f"reward.rubric_max_tokens={max_tokens}", f"rollout.group_size={group_size}"]
-    config = load_config("lab-open", None, overrides)
+    config = load_config("lab-open", None, ["model.engine=vllm", *overrides])
+    assert config.shard_size == 1  # so much for what walks by itself
     problems = load_problems(config.data)
 
     async def rollouts(shard: Sequence[Problem], seed: int) -> list[Group]:
@@ -150,9 +155,10 @@ async def streaming(
         shards = [[problem] for problem in chosen]
         work = []
         engine.longest = {}
-        for name, way in ways.items():
+        for name in sorted(ways, reverse=seed % 2 == 0):
+            await engine.forget()
             started = time.monotonic()
-            made = await way(shards, seed)
+            made = await ways[name](shards, seed)
             if seed:
                 times[name].append(time.monotonic() - started)
             work.append([len(r.token_ids) for shard in made for one in shard for r in one.group.rollouts])
@@ -174,7 +180,7 @@ async def whole(rounds: int) -> dict[str, Any]:
     """Seconds of a step of ours and of one of TRL's, which take turns."""
     ours: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        overrides = ["model.engine=vllm", "model.device=cpu", "train.shard_size=4", "train.steps=99"]
+        overrides = ["model.engine=vllm", "model.device=cpu", "train.steps=99"]
         loop = await open_loop(load_config("lab-open", None, overrides), Path(folder) / "run")
         judge = Judge.open(
             ModelConfig(
