@@ -220,12 +220,19 @@ def refuse_other_settings(path: Path, config: Config) -> None:
     asked = json.loads(config.model_dump_json())
     for tree, (section, keys) in product((there, asked), MAY_CHANGE.items()):
         tree[section] = {key: value for key, value in tree.get(section, {}).items() if key not in keys}
-    for section in asked:
-        if asked[section] != there.get(section):
-            raise ValueError(
-                f"{path / 'config.json'}: {section}: the run was started with other settings;"
-                f" take another directory or the same settings"
-            )
+    if difference := _first_difference(there, asked):
+        raise ValueError(f"{path / 'config.json'}: {difference}; take another directory or the same settings")
     manifest = path / "manifest.json"
     if json.loads(manifest.read_text())["prompt_hashes"] != prompt_hashes(config.prompts):
         raise ValueError(f"{manifest}: prompt_hashes: the prompts have changed since the run was started")
+
+
+def _first_difference(there: object, asked: object, key: str = "") -> str | None:
+    """The key of a setting that is asked for otherwise, and what it is there."""
+    if isinstance(there, dict) and isinstance(asked, dict):
+        told = (
+            _first_difference(there.get(name), asked.get(name), f"{key}.{name}".lstrip("."))
+            for name in there | asked
+        )
+        return next(filter(None, told), None)
+    return None if there == asked else f"{key}: the run was started with {json.dumps(there)}"

@@ -156,20 +156,19 @@ def test_another_seed_is_another_run(tmp_path: Path, settings: list[str], uninte
 
 
 @pytest.mark.parametrize(
-    ("override", "section"),
+    "override",
     [
-        ("learner.learning_rate=1e-4", "learner"),
-        ("rollout.group_size=8", "rollout"),
-        ("reference.temperature=1.0", "reference"),
-        ("train.seed=1", "train"),
-        ("prompts=default", "prompts"),
+        "learner.learning_rate=1e-4",
+        "rollout.group_size=8",
+        "reference.temperature=1.0",
+        "train.seed=1",
+        "prompts=default",
     ],
 )
-async def test_other_settings_are_refused_in_one_line(
-    settings, uninterrupted: Path, override: str, section: str
-):
+async def test_other_settings_are_refused_in_one_line(settings, uninterrupted: Path, override: str):
+    key = override.partition("=")[0]
     before = (uninterrupted / "config.json").read_bytes()
-    with pytest.raises(ValueError, match=rf"config\.json: {section}: .* other settings") as error:
+    with pytest.raises(ValueError, match=rf"config\.json: {key}: the run was started with") as error:
         await loop_of(uninterrupted, [*settings, override])
     assert "\n" not in str(error.value)
     assert (uninterrupted / "config.json").read_bytes() == before

@@ -171,27 +171,31 @@ def test_the_config_is_kept_whole(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("override", "section"),
+    ("override", "difference"),
     [
-        ("learner.learning_rate=1e-3", "learner"),
-        ("rollout.temperature=0.5", "rollout"),
-        ("model.path=other", "model"),
-        ("judge.path=other", "judge"),
-        ("prompts=default", "prompts"),
-        ("data.kind=open", "data"),
-        ("reference.aggregator=majority", "reference"),
-        ("reward.equivalence=math", "reward"),
-        ("train.seed=1", "train"),
-        ("train.problems_per_step=8", "train"),
-        ("train.shard_size=16", "train"),
+        ("learner.learning_rate=1e-3", "learner.learning_rate: the run was started with 0.0001"),
+        ("rollout.temperature=0.5", "rollout.temperature: the run was started with 1.0"),
+        ("model.path=other", 'model.path: the run was started with "lab"'),
+        ("judge.path=other", "judge: the run was started with null"),
+        ("prompts=default", 'prompts: the run was started with "lab"'),
+        ("data.kind=open", "data.kind: the run was started with null"),
+        ("reference.aggregator=majority", 'reference.aggregator: the run was started with "synthesis"'),
+        ("reward.equivalence=math", 'reward.equivalence: the run was started with "string"'),
+        ("train.seed=1", "train.seed: the run was started with 0"),
+        ("train.problems_per_step=8", "train.problems_per_step: the run was started with 32"),
+        ("train.shard_size=16", "train.shard_size: the run was started with null"),
+        (
+            "model.chat_template_kwargs={enable_thinking=false}",
+            "model.chat_template_kwargs.enable_thinking: the run was started with null",
+        ),
     ],
 )
-def test_a_run_is_not_gone_on_with_under_other_settings(tmp_path, override, section):
+def test_a_run_is_not_gone_on_with_under_other_settings(tmp_path, override, difference):
     opened(tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     with pytest.raises(ValueError) as error:
         opened(tmp_path / "run", override)
-    assert str(error.value).startswith(f"{tmp_path / 'run' / 'config.json'}: {section}: ")
+    assert str(error.value).startswith(f"{tmp_path / 'run' / 'config.json'}: {difference}; ")
     assert "\n" not in str(error.value)
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
