@@ -7,6 +7,7 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,10 +183,12 @@ class Loop:
         return self.checkpoints.save(step + 1, self.learner, self.tokenizer, card, best)
 
     async def close(self) -> None:
-        self.tracker.close()
-        await self.engines.close()
-        await self.live.close()
-        self.learner.close()
+        """All that it holds, whatever one part of it raises."""
+        async with AsyncExitStack() as closing:
+            closing.callback(self.learner.close)
+            closing.push_async_callback(self.live.close)
+            closing.push_async_callback(self.engines.close)
+            closing.callback(self.tracker.close)
 
     def _problems_of(self, step: int) -> list[Problem]:
         """ValueError where the data no longer has what a step began with."""

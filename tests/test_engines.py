@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asking import DRAW, SEEDS, TURNS, completions_of, ids_of, judge_turns, user
 from cat_grpo.config import ModelConfig
-from cat_grpo.engines import Sampling
+from cat_grpo.engines import Engines, Sampling
 from cat_grpo.engines.hf import HFEngine
 from cat_grpo.engines.scripted import ScriptedEngine
 from cat_grpo.records import Generation, Messages
@@ -256,3 +256,30 @@ async def test_a_script_remembers_whose_weights_it_serves(tmp_path: Path):
     engine = ScriptedEngine(lambda *_: "")
     await engine.load_weights(tmp_path)
     assert engine.weights == tmp_path
+
+
+class Closing(ScriptedEngine):
+    """Counts how often it is closed, and may fail at it."""
+
+    def __init__(self, fails: bool) -> None:
+        super().__init__(lambda *_: "")
+        self.fails, self.num_closed = fails, 0
+
+    async def close(self) -> None:
+        self.num_closed += 1
+        if self.fails:
+            raise OSError("the server does not answer")
+
+
+@pytest.mark.parametrize("failing", range(3))
+async def test_every_engine_is_closed_whatever_another_raises(failing: int):
+    engines = [Closing(fails=i == failing) for i in range(3)]
+    with pytest.raises(OSError, match="does not answer"):
+        await Engines(*engines).close()
+    assert [engine.num_closed for engine in engines] == [1, 1, 1]
+
+
+async def test_an_engine_of_three_roles_is_closed_once():
+    engine = Closing(fails=False)
+    await Engines(engine, engine, engine).close()
+    assert engine.num_closed == 1

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine, Iterable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -84,8 +85,10 @@ class Engines:
     judge: Engine
 
     async def close(self) -> None:
-        for engine in {id(engine): engine for engine in (self.policy, self.anchor, self.judge)}.values():
-            await engine.close()
+        """Each of them once, whatever another raises."""
+        async with AsyncExitStack() as closing:
+            for engine in {id(engine): engine for engine in (self.policy, self.anchor, self.judge)}.values():
+                closing.push_async_callback(engine.close)
 
 
 async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
