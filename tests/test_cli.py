@@ -194,7 +194,9 @@ def test_a_run_of_other_settings_is_left_as_it_is(cat_grpo, tmp_path):
     RunDir.open(tmp_path / "run", load_config("lab-verifiable", overrides=[arguments[-1]]), [])
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     refused(
-        cat_grpo(*arguments, "learner.learning_rate=0.1"), tmp_path / "run" / "config.json", ": learner: "
+        cat_grpo(*arguments, "learner.learning_rate=0.1"),
+        tmp_path / "run" / "config.json",
+        ": learner.learning_rate: ",
     )
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
