@@ -88,7 +88,9 @@ async def open_loop(config: Config, run_path: Path, secrets: Mapping[str, str] |
             checkpoints,
             probes,
             tracker,
+            undo.pop_all(),
         )
+        undo.push_async_callback(loop.close)
         await loop.sync()
         undo.pop_all()
     return loop

@@ -66,6 +66,8 @@ class Loop:
     checkpoints: Checkpoints
     probes: Sequence[Probe]
     tracker: Tracker
+    opened: AsyncExitStack
+    """What `close` is to close."""
     meters: Mapping[str, Meter] = field(default_factory=lambda: {stage: Meter() for stage in STAGES})
 
     @property
@@ -183,12 +185,8 @@ class Loop:
         return self.checkpoints.save(step + 1, self.learner, self.tokenizer, card, best)
 
     async def close(self) -> None:
-        """All that it holds, whatever one part of it raises."""
-        async with AsyncExitStack() as closing:
-            closing.callback(self.learner.close)
-            closing.push_async_callback(self.live.close)
-            closing.push_async_callback(self.engines.close)
-            closing.callback(self.tracker.close)
+        """All that was opened for it, whatever one part of it raises."""
+        await self.opened.aclose()
 
     def _problems_of(self, step: int) -> list[Problem]:
         """ValueError where the data no longer has what a step began with."""
