@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
@@ -220,19 +220,31 @@ def refuse_other_settings(path: Path, config: Config) -> None:
     asked = json.loads(config.model_dump_json())
     for tree, (section, keys) in product((there, asked), MAY_CHANGE.items()):
         tree[section] = {key: value for key, value in tree.get(section, {}).items() if key not in keys}
-    if difference := _first_difference(there, asked):
-        raise ValueError(f"{path / 'config.json'}: {difference}; take another directory or the same settings")
+    for section in asked:
+        if asked[section] != there.get(section):
+            whole = (section, there.get(section), asked[section])
+            # To `differences` what is missing is None; here it is something else.
+            key, before, _ = [*differences({section: whole[1]}, {section: whole[2]}), whole][0]
+            raise ValueError(
+                f"{path / 'config.json'}: {key}: the run was started with {json.dumps(before)};"
+                f" take another directory or the same settings"
+            )
     manifest = path / "manifest.json"
     if json.loads(manifest.read_text())["prompt_hashes"] != prompt_hashes(config.prompts):
         raise ValueError(f"{manifest}: prompt_hashes: the prompts have changed since the run was started")
 
 
-def _first_difference(there: object, asked: object, key: str = "") -> str | None:
-    """The key of a setting that is asked for otherwise, and what it is there."""
-    if isinstance(there, dict) and isinstance(asked, dict):
-        told = (
-            _first_difference(there.get(name), asked.get(name), f"{key}.{name}".lstrip("."))
-            for name in there | asked
-        )
-        return next(filter(None, told), None)
-    return None if there == asked else f"{key}: the run was started with {json.dumps(there)}"
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, ours, theirs) of each setting that is not the same in both trees."""
+    flat = [dict(_flat(tree)) for tree in (ours, theirs)]
+    keys = dict.fromkeys([*flat[0], *flat[1]])
+    pairs = [(key, flat[0].get(key), flat[1].get(key)) for key in keys]
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -19,12 +19,12 @@ from starlette.datastructures import QueryParams
 from cat_grpo.cli import app as command_line
 from cat_grpo.cli import main
 from cat_grpo.inspector.app import create_app
-from cat_grpo.inspector.reading import NotThere, _rows_at, differences, find_run, read_group, run_names
+from cat_grpo.inspector.reading import NotThere, _rows_at, find_run, read_group, run_names
 from cat_grpo.inspector.security import LOOPBACK, refuse_open_host
 from cat_grpo.inspector.texts import MOST_WORDS, _built, clipped, compared, rendered
 from cat_grpo.inspector.views import FILTERS, SORTS, View
 from cat_grpo.reviews import REVIEWS, read_reviews
-from cat_grpo.rundir import RunDir
+from cat_grpo.rundir import RunDir, differences
 from cat_grpo.tables import ROW_GROUP
 from inspecting import (
     FORMULAS,

@@ -176,7 +176,7 @@ def test_the_config_is_kept_whole(tmp_path):
         ("learner.learning_rate=1e-3", "learner.learning_rate: the run was started with 0.0001"),
         ("rollout.temperature=0.5", "rollout.temperature: the run was started with 1.0"),
         ("model.path=other", 'model.path: the run was started with "lab"'),
-        ("judge.path=other", "judge: the run was started with null"),
+        ("judge.path=other", "judge.path: the run was started with null"),
         ("prompts=default", 'prompts: the run was started with "lab"'),
         ("data.kind=open", "data.kind: the run was started with null"),
         ("reference.aggregator=majority", 'reference.aggregator: the run was started with "synthesis"'),
@@ -186,7 +186,7 @@ def test_the_config_is_kept_whole(tmp_path):
         ("train.shard_size=16", "train.shard_size: the run was started with null"),
         (
             "model.chat_template_kwargs={enable_thinking=false}",
-            "model.chat_template_kwargs.enable_thinking: the run was started with null",
+            "model.chat_template_kwargs: the run was started with {}",
         ),
     ],
 )
@@ -198,6 +198,16 @@ def test_a_run_is_not_gone_on_with_under_other_settings(tmp_path, override, diff
     assert str(error.value).startswith(f"{tmp_path / 'run' / 'config.json'}: {difference}; ")
     assert "\n" not in str(error.value)
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_setting_that_the_run_does_not_have_is_another_even_as_none(tmp_path):
+    opened(tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    settings = json.loads(path.read_text())
+    assert settings["data"].pop("kind") is None
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"config\.json: data: the run was started with \{"):
+        opened(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

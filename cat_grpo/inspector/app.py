@@ -25,7 +25,7 @@ from cat_grpo.inspector.texts import clipped, compared
 from cat_grpo.inspector.views import FILTERS, SORTS, View
 from cat_grpo.report import HEADLINE, warnings
 from cat_grpo.reviews import REVIEWS, Opinion, Review, accuracy, append_review, now
-from cat_grpo.rundir import RunDir
+from cat_grpo.rundir import RunDir, differences
 from cat_grpo.selection import alarm
 from cat_grpo.tables import Row
 
@@ -91,7 +91,7 @@ def compare_page(request: Request, a: str = "", b: str = "", step: int | None = 
         "panels": panels(dict(zip("AB", histories, strict=True))),
         "headline": HEADLINE,
         "last": [reading.figures_at(history, len(history) - 1) for history in histories],
-        "settings": reading.differences(reading.settings(runs[0]), reading.settings(runs[1])),
+        "settings": differences(reading.settings(runs[0]), reading.settings(runs[1])),
         "steps": steps,
         "step": at,
         "problems": [
@@ -221,7 +221,7 @@ def run_page(request: Request, name: str, steps: str = "") -> Response:
         headline={name: words for name, words in HEADLINE.items() if any(name in now for now in history)},
         warnings=list(warnings(history).values()) if history else [],
         alarm=alarm(history, run.config.train) if history else None,
-        differences=reading.differences(reading.settings(run), reading.default_settings()),
+        differences=differences(reading.settings(run), reading.default_settings()),
         manifest=json.dumps(json.loads(manifest.read_text()), indent=2) if manifest.is_file() else "",
         history=history,
         steps=all_steps if steps == "all" else all_steps[:STEPS_SHOWN],

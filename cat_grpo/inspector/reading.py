@@ -7,7 +7,7 @@ yet. Steps and groups count from 0, as folders do.
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -223,14 +223,6 @@ def shared_problems(ours: RunDir, theirs: RunDir, step: int) -> list[tuple[Row, 
     return list(zip(*rows, strict=True))
 
 
-def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, ours, theirs) of each setting that is not the same in both trees."""
-    flat = [dict(_flat(tree)) for tree in (ours, theirs)]
-    keys = dict.fromkeys([*flat[0], *flat[1]])
-    pairs = [(key, flat[0].get(key), flat[1].get(key)) for key in keys]
-    return [pair for pair in pairs if pair[1] != pair[2]]
-
-
 def settings(run: RunDir) -> dict[str, Any]:
     return run.config.model_dump(mode="json")
 
@@ -243,14 +235,6 @@ def figures_at(history: Sequence[Metrics], step: int) -> Metrics:
     """Of a step; empty while it has none. A figure that is no number is left out."""
     now = history[step] if 0 <= step < len(history) else {}
     return {name: value for name, value in now.items() if math.isfinite(value)}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _from_shards(run: RunDir, step: int) -> pa.Table:
