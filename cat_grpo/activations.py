@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from cat_grpo.errors import BadInput
+
 OPTIMIZER_BYTES = 12
 """A trained weight's gradient and AdamW's two moments, in float32."""
 
@@ -21,11 +23,11 @@ def layer_inputs_only(model: PreTrainedModel) -> Iterator[None]:
     """For as long as this lasts only the layers' inputs are kept, and the rest computed again when needed.
 
     transformers' own switch would put the layers into training mode, which turns dropout on and, in an
-    engine that shares the model, the cache off. ValueError for a model without such layers.
+    engine that shares the model, the cache off. BadInput for a model without such layers.
     """
     layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
-        raise ValueError(f"model of type {model.config.model_type}: has no layers for gradient checkpointing")
+        raise BadInput(f"model of type {model.config.model_type}: has no layers for gradient checkpointing")
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     try:

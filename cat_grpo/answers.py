@@ -1,31 +1,13 @@
-r"""Final answers: read from `\boxed{...}`, compared, counted.
+r"""Final answers: read from `\boxed{...}`, compared, counted."""
 
-The texts are a model's and are not trusted: sympy can be made to compute for ever. So math-verify runs in
-worker processes, each under a clock that the kernel keeps. Its own clock is `signal.alarm`, which raises
-outside the main thread, and there every comparison would come out as not equal.
-"""
-
-import atexit
-import json
-import logging
-import os
+import asyncio
 import re
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from queue import LifoQueue
-from typing import Literal
 
-log = logging.getLogger(__name__)
-
-TIME_LIMIT_S = 5
-"""Wall-clock seconds for one comparison. One that is worth having takes a hundredth of that."""
-NUM_WORKERS = min(8, os.cpu_count() or 1)
-"""Most workers at once; each starts when it is first needed and takes about 60 MB."""
+from cat_grpo.config import Equivalence
+from cat_grpo.equivalence import equal_text, equivalent
+from cat_grpo.records import Group, Reference
 
 _TOKEN = re.compile(r"(?P<box>\\+boxed\s*\{)|(?P<open>\{)|(?P<close>\})|\\.", re.DOTALL)
 
@@ -60,26 +42,14 @@ def extract_answer(text: str) -> str | None:
     return answer or None
 
 
-def equal_text(a: str, b: str) -> bool:
-    """Equal up to white space, which counts only between two words or numbers: `1 23` is not `12 3`."""
-    return _normal_spaces(a) == _normal_spaces(b)
+def rollout_answers(group: Group) -> list[str | None]:
+    """The final answer of each rollout: None where there is none, or the rollout was cut off before it."""
+    if not group.problem.has_final_answer:
+        return [None] * len(group.rollouts)
+    return [extract_answer(r.text) if r.finish_reason == "stop" else None for r in group.rollouts]
 
 
-def equivalent(a: str, b: str) -> bool:
-    """Equal as text, or shown to be mathematically equal by math-verify. Symmetric; blocks its thread.
-
-    A pair that takes longer than TIME_LIMIT_S is not shown to be equal: False, logged and counted. A fault of
-    ours (a worker that does not start or ends by itself) is a RuntimeError and never False.
-    """
-    return equal_text(a, b) or _shown_equal(*sorted((a, b)))
-
-
-def num_timeouts() -> int:
-    """Pairs that this process gave up on."""
-    return _num_timeouts
-
-
-def same_answer(mode: Literal["math", "string"]) -> Callable[[str, str], bool]:
+def same_answer(mode: Equivalence) -> Callable[[str, str], bool]:
     """The comparison that `reward.equivalence` names."""
     return {"math": equivalent, "string": equal_text}[mode]
 
@@ -111,115 +81,28 @@ def majority(answers: Sequence[str | None], same: Callable[[str, str], bool]) ->
     return Vote(answers[classes[0][0]], num_votes, tied)
 
 
-def _normal_spaces(text: str) -> str:
-    return re.sub(r"(?<!\w) | (?!\w)", "", " ".join(text.split()))
+async def votes_of(groups: Sequence[Group], equivalence: Equivalence) -> list[Vote]:
+    """The vote of each group, all at once and off the event loop: a comparison may ask another process."""
+    same = same_answer(equivalence)
+    return await asyncio.gather(
+        *(asyncio.to_thread(majority, rollout_answers(group), same) for group in groups)
+    )
 
 
-# The pool: idle workers on top of a stack, None where none has been started yet.
+async def agreements(
+    groups: Sequence[Group], references: Sequence[Reference], equivalence: Equivalence
+) -> list[list[bool | None]]:
+    """Whether each rollout's final answer equals its reference's; None where the reference has none.
 
-_Worker = subprocess.Popen[str]
-_pool: LifoQueue[_Worker | None] = LifoQueue()
-_num_timeouts = 0
-_count = threading.Lock()
+    A rollout without an answer agrees with nothing.
+    """
+    same = same_answer(equivalence)
 
+    def row(group: Group, reference: Reference) -> list[bool | None]:
+        expected = reference.answer
+        if expected is None:
+            return [None] * len(group.rollouts)
+        return [answer is not None and same(answer, expected) for answer in rollout_answers(group)]
 
-@lru_cache(maxsize=65536)
-def _shown_equal(a: str, b: str) -> bool:
-    worker = _pool.get()
-    try:
-        if worker is not None and worker.poll() is not None:  # it died while it was idle
-            _stop(worker)
-            worker = None
-        worker = worker or _start_worker()
-        reply = _ask(worker, json.dumps([TIME_LIMIT_S, a, b]))
-    except BaseException:  # also Ctrl-C: the worker's next reply would be to this pair
-        _pool.put(None)
-        if worker is not None:
-            _stop(worker)
-        raise
-    if reply:
-        _pool.put(worker)
-        return json.loads(reply)
-    _pool.put(None)
-    worker.communicate()
-    # The clock, or the stack of the C code below: the pair's own doing. Any other end is not.
-    if worker.returncode not in (-signal.SIGALRM, -signal.SIGSEGV):
-        raise RuntimeError(f"a math-verify worker ended with exit status {worker.returncode}")
-    _count_timeout(a, b)
-    return False
-
-
-def _start_worker() -> _Worker:
-    # A script of its own, so that nobody's __main__ is imported again; -P: this folder is no import path.
-    # In a session of its own, so that Ctrl-C reaches the run and not its workers.
-    command = [sys.executable, "-P", "-W", "ignore", __file__]
-    pipe = subprocess.PIPE
-    worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
-    if _ask(worker, json.dumps([0, "1", "1"])) != "true\n":
-        _stop(worker)
-        raise RuntimeError(f"a math-verify worker did not start: exit status {worker.returncode}, see stderr")
-    return worker
-
-
-def _ask(worker: _Worker, request: str) -> str:
-    """The worker's reply line, empty when it ended."""
-    assert worker.stdin and worker.stdout
-    try:
-        worker.stdin.write(request + "\n")
-        worker.stdin.flush()
-    except BrokenPipeError:
-        return ""
-    return worker.stdout.readline()
-
-
-def _stop(worker: _Worker) -> None:
-    worker.kill()
-    worker.communicate()
-
-
-def _count_timeout(a: str, b: str) -> None:
-    global _num_timeouts
-    with _count:
-        _num_timeouts += 1
-    log.warning("not shown equal in %d s: %.80r and %.80r", TIME_LIMIT_S, a, b)
-
-
-def _new_pool() -> None:
-    global _pool
-    _pool = LifoQueue()
-    for _ in range(NUM_WORKERS):
-        _pool.put(None)
-
-
-def _close_pool() -> None:
-    while not _pool.empty():
-        if worker := _pool.get_nowait():
-            _stop(worker)
-
-
-_new_pool()
-os.register_at_fork(after_in_child=_new_pool)  # two processes on one pipe would read each other's replies
-atexit.register(_close_pool)
-
-
-def _serve() -> None:
-    """The worker: a line `[seconds, a, b]` in, a line `true` or `false` out. The clock's signal ends it."""
-    replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no reply
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own clock is off
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
-    # LaTeX alone: the reader of plain expressions would take any number out of a text that it cannot read.
-    config = [LatexExtractionConfig(boxed_match_priority=0)]
-    for line in sys.stdin:
-        seconds, *answers = json.loads(line)
-        signal.alarm(seconds)
-        a, b = (parse(rf"\boxed{{{answer}}}", config, "first_match", "first_match", 0) for answer in answers)
-        equal = verify(a, b, timeout_seconds=None) or verify(b, a, timeout_seconds=None)
-        signal.alarm(0)
-        print(json.dumps(equal), file=replies, flush=True)
-
-
-if __name__ == "__main__":
-    _serve()
+    pairs = zip(groups, references, strict=True)
+    return await asyncio.gather(*(asyncio.to_thread(row, *pair) for pair in pairs))

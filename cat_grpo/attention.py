@@ -15,6 +15,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from cat_grpo.errors import BadInput
+
 PACKED = "cat_grpo_packed"
 """The name under which transformers knows `packed_attention`."""
 
@@ -110,11 +112,11 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """(1, heads, T, d), (1, kv_heads, T, d) twice -> (1, T, heads, d).
 
-    What fills a span up comes after all of its tokens, so a causal mask hides it from them. ValueError for
+    What fills a span up comes after all of its tokens, so a causal mask hides it from them. BadInput for
     attention that caps its logits.
     """
     if softcap is not None:
-        raise ValueError(f"{type(module).__name__} caps its logits: it cannot be packed")
+        raise BadInput(f"{type(module).__name__} caps its logits: it cannot be packed")
     del attention_mask, dropout, unused
     repeats = query.shape[1] // key.shape[1]
     query = query[0].transpose(0, 1)  # (T, heads, d)

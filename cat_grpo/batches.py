@@ -1,4 +1,4 @@
-"""Stage 4: scored groups become advantages, and rollouts become packed tensors."""
+"""Stage 4: rewarded groups become advantages, and rollouts become packed tensors."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,16 +9,16 @@ from torch import Tensor
 
 from cat_grpo.attention import Layout, Spans
 from cat_grpo.config import LearnerConfig
+from cat_grpo.errors import BadInput
 from cat_grpo.grpo import (
     constant_weights,
-    group_advantages,
     k1_kl,
     k2_kl,
     k3_kl,
     sequence_mean_weights,
     token_mean_weights,
 )
-from cat_grpo.records import ScoredGroup
+from cat_grpo.records import RewardedGroup
 
 KL_ESTIMATORS = {"k1": k1_kl, "k2": k2_kl, "k3": k3_kl}
 
@@ -96,7 +96,7 @@ class MicroBatch:
         return replace(self, layout=self.layout.to(device), **moved)
 
 
-def total_rewards(scored: Sequence[ScoredGroup], kl: Sequence[Sequence[float]], kl_coef: float) -> Tensor:
+def total_rewards(rewarded: Sequence[RewardedGroup], kl: Sequence[Sequence[float]], kl_coef: float) -> Tensor:
     """reward - penalty - kl_coef * KL of each rollout: (P, G), float64, NaN where it could not be judged.
 
     `kl` has one estimate per rollout, in the groups' order; where it is empty, none is subtracted.
@@ -105,11 +105,11 @@ def total_rewards(scored: Sequence[ScoredGroup], kl: Sequence[Sequence[float]], 
         [
             [
                 math.nan
-                if score.reward is None
-                else score.reward - score.penalty - (kl_coef * kl[p][g] if kl else 0.0)
-                for g, score in enumerate(group.scores)
+                if one.reward is None
+                else one.reward - one.penalty - (kl_coef * kl[p][g] if kl else 0.0)
+                for g, one in enumerate(group.rewards)
             ]
-            for p, group in enumerate(scored)
+            for p, group in enumerate(rewarded)
         ],
         dtype=torch.float64,
     )
@@ -134,30 +134,29 @@ def rollout_kl(
 
 
 def make_batch(
-    scored: Sequence[ScoredGroup],
-    rewards: Tensor,
+    rewarded: Sequence[RewardedGroup],
+    advantages: Tensor,
     config: LearnerConfig,
     max_tokens: int,
     anchor_logprobs: Sequence[Sequence[tuple[float, ...]]] = (),
 ) -> Batch:
-    """The rollouts with a reward, each with its advantage (CaT eq. 5) and what its tokens count for.
+    """The rollouts with a reward, each with its advantage and what its tokens count for.
 
-    `rewards` is (P, G), NaN for none. `max_tokens` is the most that a rollout may have. `anchor_logprobs`
-    are those of each rollout, in the groups' order, where the KL is part of the loss.
+    `advantages` is (P, G). `max_tokens` is the most that a rollout may have. `anchor_logprobs` are those of
+    each rollout, in the groups' order, where the KL is part of the loss.
     """
-    advantages = group_advantages(rewards, config.advantage_scale).tolist()
     rows = [
         TrainingRow(
             group.group.prompt_token_ids,
             rollout.token_ids,
             rollout.logprobs,
-            advantages[p][g],
+            advantages[p, g].item(),
             weight=0.0,
             anchor_logprobs=anchor_logprobs[p][g] if anchor_logprobs else (),
         )
-        for p, group in enumerate(scored)
+        for p, group in enumerate(rewarded)
         for g, rollout in enumerate(group.group.rollouts)
-        if group.scores[g].reward is not None
+        if group.rewards[g].reward is not None
     ]
     lengths = torch.tensor([len(row.token_ids) for row in rows])
     weights = {
@@ -169,12 +168,12 @@ def make_batch(
 
 
 def micro_batches(rows: Sequence[TrainingRow], max_tokens: int) -> Iterator[MicroBatch]:
-    """The rows in packs of at most `max_tokens` tokens. ValueError for a row that is longer than that."""
+    """The rows in packs of at most `max_tokens` tokens. BadInput for a row that is longer than that."""
     return map(_pack, packs(rows, max_tokens))
 
 
 def packs(rows: Sequence[TrainingRow], max_tokens: int) -> Iterator[Pack]:
-    """Which rows make a micro-batch, those of one prompt together. ValueError as of `micro_batches`."""
+    """Which rows make a micro-batch, those of one prompt together. BadInput as of `micro_batches`."""
     groups: Pack = {}
     for row in rows:
         groups.setdefault(row.prompt_token_ids, []).append(row)
@@ -187,7 +186,7 @@ def packs(rows: Sequence[TrainingRow], max_tokens: int) -> Iterator[Pack]:
             pack, size = {}, 0
         for row in members:
             if len(prompt) + _own_length(row) > max_tokens:
-                raise ValueError(
+                raise BadInput(
                     f"learner.micro_batch_tokens: {max_tokens} holds no rollout of "
                     f"{len(prompt)} + {len(row.token_ids)} tokens"
                 )

@@ -1,7 +1,6 @@
-"""Checkpoints of a run: saved whole or not at all, for `from_pretrained` and to go on from, bit for bit."""
+"""Checkpoints of a run: saved whole or not at all, for `from_pretrained`, and to resume from bit for bit."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,11 +9,10 @@ from typing import Literal, Protocol
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from cat_grpo.errors import BadInput
+from cat_grpo.files import whole, write_whole
 from cat_grpo.lora import load_merged
-from cat_grpo.rundir import write_whole
-
-CARD = "cat_grpo.json"
-"""Beside the weights: the settings that the model was trained to be asked with, its anchor, its step."""
+from cat_grpo.models import CARD
 
 
 class Trained(Protocol):
@@ -38,13 +36,10 @@ class Checkpoints:
         `latest` is linked last: a save that was cut short is made again from the one before.
         """
         final = self.folder / f"{step:06d}"
-        temporary = self.folder / f".{step:06d}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        learner.save(temporary)
-        tokenizer.save_pretrained(temporary)
-        write_whole(temporary / CARD, json.dumps({**card, "step": step}, indent=2))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
+        with whole(final) as temporary:
+            learner.save(temporary)
+            tokenizer.save_pretrained(temporary)
+            write_whole(temporary / CARD, json.dumps({**card, "step": step}, indent=2))
         for name in ("best", "latest") if best else ("latest",):
             self._link(name, final)
         self._prune()
@@ -60,10 +55,8 @@ class Checkpoints:
         learner.restore(self.folder / "latest")
 
     def _link(self, name: str, target: Path) -> None:
-        temporary = self.folder / f".{name}.tmp"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(target.name)
-        os.replace(temporary, self.folder / name)
+        with whole(self.folder / name) as temporary:
+            temporary.symlink_to(target.name)
 
     def _prune(self) -> None:
         kept = {(self.folder / name).resolve() for name in ("latest", "best")}
@@ -72,21 +65,13 @@ class Checkpoints:
                 shutil.rmtree(path)
 
 
-def read_card(model_folder: Path) -> dict:
-    """What a model of ours says of itself; empty for any other model."""
-    path = model_folder / CARD
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
 def export_model(checkpoint: Path, out: Path, dtype: Literal["float32", "bfloat16"]) -> Path:
-    """The checkpoint as a plain model folder. ValueError when there is none, or something is at `out`."""
+    """The checkpoint as a plain model folder. BadInput when there is none, or something is at `out`."""
     if not checkpoint.exists():
-        raise ValueError(f"{checkpoint}: no such checkpoint")
+        raise BadInput(f"{checkpoint}: no such checkpoint")
     if out.exists():
-        raise ValueError(f"{out}: is there already")
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    load_merged(checkpoint, dtype).save_pretrained(temporary)
-    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(temporary)
-    os.replace(temporary, out)
+        raise BadInput(f"{out}: is there already")
+    with whole(out) as temporary:
+        load_merged(checkpoint, dtype).save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(temporary)
     return out

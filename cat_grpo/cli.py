@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from cat_grpo.engines import SyncError
+from cat_grpo.errors import BadInput, Stopped, first_line
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.steps=20")
@@ -35,16 +35,12 @@ def main() -> None:
     """Bad input is one line on stderr and exit code 2; anything else that goes wrong keeps its traceback."""
     try:
         app()
-    except ValueError as error:
-        typer.echo(f"cat-grpo: {_first_line(error)}", err=True)
+    except BadInput as error:
+        typer.echo(f"cat-grpo: {first_line(error)}", err=True)
         raise SystemExit(2) from None
-    except (ArithmeticError, ChildProcessError, ConnectionError, SyncError) as error:
-        typer.echo(f"cat-grpo: stopped: {error}", err=True)
+    except Stopped as error:
+        typer.echo(f"cat-grpo: stopped: {first_line(error)}", err=True)
         raise SystemExit(1) from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 @app.command()
@@ -73,7 +69,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a policy on unlabelled problems; go on where the run in this directory stopped."""
-    from cat_grpo.presets import load_config
+    from cat_grpo.settings import load_config
 
     config = load_config(preset, config_file, overrides or [])
     if dry_run:
@@ -218,58 +214,64 @@ def lab_problems(
 
 def _config_for_model(model: str, preset: str | None, file: Path | None, overrides: list[str]) -> Any:
     """The config for asking one model. A model of ours brings the settings that it was trained with."""
-    from cat_grpo.checkpoints import read_card
-    from cat_grpo.engines.tokens import model_folder
-    from cat_grpo.presets import load_config
+    from cat_grpo.models import read_card
+    from cat_grpo.settings import load_config
 
-    card = read_card(Path(model_folder(model)))
-    return load_config(preset, file, [f"model.path={json.dumps(model)}", *overrides], base=card.get("config"))
+    base = read_card(model).get("config")
+    return load_config(preset, file, [f"model.path={json.dumps(model)}", *overrides], base=base)
 
 
 # What a flow would refuse is refused before Prefect starts: one line, at once, and no traceback.
 
 
 def _check_training(config: Any, run: Path) -> None:
-    from cat_grpo.data import load_problems
+    from cat_grpo.engines.roles import refuse_untrainable
     from cat_grpo.rundir import refuse_other_settings
 
-    refuse_other_settings(run, config)
     if config.train.review_gate:
         from flows.gate import refuse_unseen
 
         refuse_unseen(config.train)
-    load_problems(config.data)
+    problems = _check_problems(config)
+    refuse_other_settings(run, config, problems)
     if config.train.validation:
-        from cat_grpo.evaluate import load_labelled
+        from cat_grpo.evaluation import load_labelled
 
         load_labelled(Path(config.train.validation))
-    from cat_grpo.engines.roles import refuse_untrainable
-
     refuse_untrainable(config)
     _check_models(config, config.model.path)
 
 
 def _check_synthesis(config: Any, out: Path) -> None:
-    from cat_grpo.data import load_problems
+    from cat_grpo.synthesize import refuse_suffix
 
-    if out.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"{out}: expected a name that ends in .jsonl or .parquet")
-    load_problems(config.data)
+    refuse_suffix(out)
+    _check_problems(config)
     _check_models(config, config.model.path)
 
 
 def _check_evaluation(config: Any, problems: Path, model: str, anchor: str | None) -> None:
-    from cat_grpo.evaluate import load_labelled
+    from cat_grpo.cat import refuse_unusable
+    from cat_grpo.evaluation import load_labelled
+    from cat_grpo.records import kinds_of
 
-    load_labelled(problems)
+    refuse_unusable(config, kinds_of(item.problem for item in load_labelled(problems)))
     _check_models(config, model, *([anchor] if anchor else []))
+
+
+def _check_problems(config: Any) -> Any:
+    from cat_grpo.cat import refuse_unusable
+    from cat_grpo.data import load_problems
+    from cat_grpo.records import kinds_of
+
+    problems = load_problems(config.data)
+    refuse_unusable(config, kinds_of(problems))
+    return problems
 
 
 def _check_models(config: Any, *paths: str) -> None:
     from cat_grpo.engines.tokens import load_tokenizer
-    from cat_grpo.prompts import set_folder
 
-    set_folder(config.prompts)
     others = [model for model in (config.anchor, config.judge) if model and not model.is_chat]
     for path in (*(() if config.model.is_chat else paths), *(model.path for model in others)):
         load_tokenizer(path)

@@ -8,7 +8,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from cat_grpo.records import Kind
+
 Equivalence = Literal["math", "string"]
+Weight = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class MayChange:
+    """Marks a setting that a resumed run may set anew: more steps, less memory, other servers.
+
+    Every other setting decides what the run's steps mean.
+    """
 
 
 class Section(BaseModel):
@@ -64,15 +74,15 @@ class ModelConfig(Section):
     """A folder, a hub id, or `lab` for the model that ships with cat_grpo."""
     engine: Literal["hf", "vllm", "openai"] = "hf"
     """What answers for it: transformers or vLLM, in this process, or OpenAI-compatible servers."""
-    vllm: VLLMConfig = Field(default=VLLMConfig(), title="vLLM")
+    vllm: Annotated[VLLMConfig, MayChange] = Field(default=VLLMConfig(), title="vLLM")
     """For engine vllm."""
-    server: ServerConfig = Field(default=ServerConfig(), title="Servers")
+    server: Annotated[ServerConfig, MayChange] = Field(default=ServerConfig(), title="Servers")
     """For engine openai."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU when there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type: `auto` is float32 on the CPU and bfloat16 on a GPU. Trained weights stay in float32."""
-    max_batch_tokens: int = Field(default=65536, ge=256)
+    max_batch_tokens: Annotated[int, MayChange] = Field(default=65536, ge=256)
     """Most positions, padding included, in one batch that transformers samples or scores: lower it when
     memory runs out."""
     chat_template_kwargs: dict[str, Any] = {}
@@ -106,7 +116,7 @@ class DataConfig(Section):
     """`verifiable` or `open`, per row."""
     kind: Literal["verifiable", "open"] | None = None
     """The kind of every row; overrides the column."""
-    reviews: str | None = None
+    reviews: Annotated[str | None, MayChange] = None
     """A reviews.jsonl of the inspector: problems whose reference people last found wrong are left out from
     the run's next start on. `own`: the run's own."""
 
@@ -129,9 +139,9 @@ class RolloutConfig(Section):
 class ReferenceConfig(Section):
     """How a group becomes one reference."""
 
-    aggregator: Literal["synthesis", "majority"] = "synthesis"
+    estimator: str = "synthesis"
     """`synthesis`: the anchor reads all rollouts and writes the reference (CaT eq. 1). `majority`: the most
-    frequent final answer; verifiable problems only."""
+    frequent final answer; verifiable problems only. `module:function`: a function of your own."""
     include_question: bool = False
     """Show the question to the anchor. The paper leaves it out, so that the anchor reconciles the rollouts
     and does not simply answer once more."""
@@ -144,6 +154,12 @@ class ReferenceConfig(Section):
 class RewardConfig(Section):
     """How a rollout and a reference become a reward."""
 
+    verifiable: dict[str, Weight] = Field(default={"agreement": 1.0}, min_length=1)
+    """The parts of a verifiable problem's reward, each with its weight. `agreement`: 1 when the final answers
+    are equal (CaT eq. 2). `module:function`: a function of your own."""
+    open: dict[str, Weight] = Field(default={"self_rubric": 1.0}, min_length=1)
+    """The parts of an open problem's reward, each with its weight. `self_rubric`: the share of the criteria,
+    proposed from the reference, that the judge finds met (CaT eq. 3-4)."""
     equivalence: Equivalence = "math"
     """When two final answers are equal: mathematically (math-verify), or as text up to white space."""
     min_criteria: int = Field(default=5, ge=1)
@@ -165,6 +181,10 @@ class RewardConfig(Section):
     """A rollout longer than this many tokens is penalised (the paper: 750 on HealthBench)."""
     length_penalty: float = Field(default=1.0, ge=0.0)
     """What is subtracted from the reward of a rollout over the limit."""
+
+    def parts(self, kind: Kind) -> dict[str, float]:
+        """The parts of the reward of this kind of problem, each with its weight."""
+        return getattr(self, kind)
 
 
 class LearnerConfig(Section):
@@ -212,9 +232,9 @@ class LearnerConfig(Section):
     """Adapters count lora_alpha / lora_rank."""
     updates_per_step: int = Field(default=1, ge=1)
     """Optimizer updates on each batch of rollouts."""
-    micro_batch_tokens: int = Field(default=16384, ge=64)
+    micro_batch_tokens: Annotated[int, MayChange] = Field(default=16384, ge=64)
     """Most tokens in one backward pass. It never changes the gradient."""
-    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    gradient_checkpointing: Annotated[Literal["auto", "on", "off"], MayChange] = "auto"
     """Keep each layer's input alone and compute the rest again in the backward pass: a third more time, for
     when the activations of a micro-batch do not fit. auto: on when they do not."""
 
@@ -240,30 +260,30 @@ class TrainConfig(Section):
 
     seed: int = 0
     """Every random draw is a function of (seed, step, stage, problem)."""
-    steps: int = Field(default=1000, ge=1)
+    steps: Annotated[int, MayChange] = Field(default=1000, ge=1)
     """Train until this step."""
     problems_per_step: int = Field(default=32, ge=1)
     """Problems in each step; times group_size gives the rollouts per update."""
     shard_size: int | None = Field(default=None, ge=1)
     """Problems that walk through the stages together, in one file a stage. Shards do not wait for each other.
     None: each problem walks by itself, or, where transformers answers, the whole step together."""
-    checkpoint_every: int = Field(default=10, ge=1)
+    checkpoint_every: Annotated[int, MayChange] = Field(default=10, ge=1)
     """Steps between checkpoints: at most this many are done again after a crash."""
-    validation: str | None = None
+    validation: Annotated[str | None, MayChange] = None
     """A labelled file: the best checkpoint is then chosen by its score, else by label-free signals."""
-    validation_limit: int = Field(default=200, ge=1)
+    validation_limit: Annotated[int, MayChange] = Field(default=200, ge=1)
     """Most problems of the validation file that each validation asks."""
-    tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
+    tracker: Annotated[Literal["tensorboard", "wandb", "trackio"] | None, MayChange] = None
     """Where the figures of every step go besides the run's metrics.jsonl; by that library's own settings and
     environment variables."""
-    patience: int | None = Field(default=None, ge=1)
+    patience: Annotated[int | None, MayChange] = Field(default=None, ge=1)
     """Stop when this many checkpoints in a row were no better than the best. None: never."""
-    max_consensus: float | None = Field(default=0.98, gt=0.0, le=1.0)
+    max_consensus: Annotated[float | None, MayChange] = Field(default=0.98, gt=0.0, le=1.0)
     """Stop when the policy's rollouts agree more than this, on average over ten steps (verifiable):
     there is then nothing left to reconcile and only the collapse ahead. None: never."""
     max_failure_frac: float = Field(default=0.5, gt=0.0, le=1.0)
     """Stop when a larger share of a step's rollouts than this has no reward."""
-    review_gate: bool = False
+    review_gate: Annotated[bool, MayChange] = False
     """Pause before each update until a person has accepted the step's references in the dashboard."""
 
 
@@ -295,7 +315,7 @@ class Config(Section):
     reward: RewardConfig = Field(default=RewardConfig(), title="Rewards")
     learner: LearnerConfig = Field(default=LearnerConfig(), title="Learner")
     train: TrainConfig = Field(default=TrainConfig(), title="Training")
-    budget: BudgetConfig = Field(default=BudgetConfig(), title="Budget")
+    budget: Annotated[BudgetConfig, MayChange] = Field(default=BudgetConfig(), title="Budget")
 
     @property
     def shard_size(self) -> int:

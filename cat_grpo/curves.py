@@ -8,8 +8,7 @@ from typing import TypeVar
 
 from markupsafe import Markup
 
-from cat_grpo.metrics import Metrics, mean
-from cat_grpo.selection import SCORE, WINDOW
+from cat_grpo.metrics import SCORE, WINDOW, Metrics, mean
 
 T = TypeVar("T")
 

@@ -1,7 +1,7 @@
 """Rows of a local file, a folder or a hub data set become problems.
 
 Only the mapped columns are read, so that gold answers beside them never reach training. What is wrong is a
-ValueError of one line that says where: `problems.jsonl:7: prompt: expected text or chat messages, got 3`.
+BadInput of one line that says where: `problems.jsonl:7: prompt: expected text or chat messages, got 3`.
 """
 
 import csv
@@ -9,10 +9,12 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from cat_grpo.config import DataConfig
+from cat_grpo.errors import BadInput, first_line
 from cat_grpo.records import Kind, Message, Problem
 from cat_grpo.shipped import shipped
 
@@ -27,10 +29,24 @@ LocatedRow = tuple[str, Row]
 """A row after its place, `file:line` from 1; in json, parquet and on the hub the line is the row's number."""
 
 
-def load_problems(config: DataConfig) -> list[Problem]:
-    """Every problem of `config.path`, row by row; the files of a folder in the order of their names."""
-    columns = (config.prompt_column, config.id_column, config.kind_column)
+def load_problems(config: DataConfig) -> Sequence[Problem]:
+    """Every problem of `config.path`, row by row; the files of a folder in the order of their names.
+
+    Files that have not changed since the last call are not read again.
+    """
     local = _local_path(config.path)
+    states = [(file, file.stat()) for file in (_files(local) if local else [])]
+    return _problems(
+        config.model_dump_json(),
+        local,
+        tuple((file, state.st_mtime_ns, state.st_size) for file, state in states),
+    )
+
+
+@lru_cache(maxsize=1)
+def _problems(settings: str, local: Path | None, files: object) -> tuple[Problem, ...]:
+    config = DataConfig.model_validate_json(settings)
+    columns = (config.prompt_column, config.id_column, config.kind_column)
     if local is None:
         rows = dataset_rows(_load_from_hub(config), f"{config.path}[{config.split}]", columns)
     else:
@@ -41,10 +57,10 @@ def load_problems(config: DataConfig) -> list[Problem]:
         problem = to_problem(location, row, config)
         if problem.id in first:
             where = f"{location}: {config.id_column}: {problem.id!r} again, first at {first[problem.id]}"
-            raise ValueError(f"{where} (a row without an id is known by its prompt)")
+            raise BadInput(f"{where} (a row without an id is known by its prompt)")
         first[problem.id] = location
         problems.append(problem)
-    return problems
+    return tuple(problems)
 
 
 def read_rows(path: Path, columns: Sequence[str] | None) -> Iterator[LocatedRow]:
@@ -54,14 +70,14 @@ def read_rows(path: Path, columns: Sequence[str] | None) -> Iterator[LocatedRow]
         for number, row in _numbered_rows(file, columns):
             yield f"{file}:{number}", _pick(row, columns)
         if number == 0:
-            raise ValueError(f"{file}: no rows")
+            raise BadInput(f"{file}: no rows")
 
 
 def dataset_rows(dataset: "Dataset", name: str, columns: Sequence[str]) -> Iterator[LocatedRow]:
     """The rows of a `datasets` data set, with those of the columns that it has."""
     chosen = dataset.select_columns([column for column in columns if column in dataset.column_names])
     if len(dataset) == 0:
-        raise ValueError(f"{name}: no rows")
+        raise BadInput(f"{name}: no rows")
     for number, row in enumerate(chosen, 1):
         yield f"{name}:{number}", dict(row)
 
@@ -72,13 +88,13 @@ def to_problem(location: str, row: Row, config: DataConfig) -> Problem:
     kind: Any = config.kind or row.get(config.kind_column)
     if kind not in get_args(Kind):
         wanted = "expected verifiable or open, here or for all rows in data.kind"
-        raise ValueError(f"{location}: {config.kind_column}: {wanted}, {_got(kind)}")
+        raise BadInput(f"{location}: {config.kind_column}: {wanted}, {_got(kind)}")
     problem_id = row.get(config.id_column)
     if problem_id is None or problem_id == "":
         problem_id = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
     if type(problem_id) not in (str, int):  # a bool is an int too
         where = f"{location}: {config.id_column}"
-        raise ValueError(f"{where}: expected text or a whole number, {_got(problem_id)}")
+        raise BadInput(f"{where}: expected text or a whole number, {_got(problem_id)}")
     return Problem(str(problem_id), messages, kind)
 
 
@@ -87,23 +103,23 @@ def _messages(prompt: Any, where: str) -> tuple[Message, ...]:
     if isinstance(chat, str):
         chat = [{"role": "user", "content": chat}]
     if not isinstance(chat, list) or not chat:
-        raise ValueError(f"{where}: expected text or chat messages, {_got(prompt)}")
+        raise BadInput(f"{where}: expected text or chat messages, {_got(prompt)}")
     messages = tuple(_message(turn, f"{where}: message {i}") for i, turn in enumerate(chat, 1))
     if messages[-1]["role"] != "user":
-        raise ValueError(f"{where}: the last message must be the user's, not the {messages[-1]['role']}'s")
+        raise BadInput(f"{where}: the last message must be the user's, not the {messages[-1]['role']}'s")
     if not messages[-1]["content"].strip():
-        raise ValueError(f"{where}: empty")
+        raise BadInput(f"{where}: empty")
     return messages
 
 
 def _message(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
-        raise ValueError(f"{where}: expected a role and a content, {_got(turn)}")
+        raise BadInput(f"{where}: expected a role and a content, {_got(turn)}")
     role, content = turn.get("role"), turn.get("content")
     if role not in ROLES:
-        raise ValueError(f"{where}: role: expected one of {', '.join(ROLES)}, {_got(role)}")
+        raise BadInput(f"{where}: role: expected one of {', '.join(ROLES)}, {_got(role)}")
     if not isinstance(content, str):
-        raise ValueError(f"{where}: content: expected text, {_got(content)}")
+        raise BadInput(f"{where}: content: expected text, {_got(content)}")
     return {"role": role, "content": content}
 
 
@@ -128,10 +144,10 @@ def _pick(row: Row, columns: Sequence[str] | None) -> Row:
 def _local_path(path: str) -> Path | None:
     """The file or folder that `data.path` means; None for the id of a hub data set."""
     if not path:
-        raise ValueError("data.path: expected a file, a folder or a hub data set id, got nothing")
+        raise BadInput("data.path: expected a file, a folder or a hub data set id, got nothing")
     if path.startswith("lab:"):
         if path[4:] not in get_args(Kind):
-            raise ValueError(f"data.path: expected lab:verifiable or lab:open, got {path}")
+            raise BadInput(f"data.path: expected lab:verifiable or lab:open, got {path}")
         return shipped("data", "lab", path[4:], "train.jsonl")
     local = Path(path).expanduser()
     is_hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) and local.suffix.lower() not in SUFFIXES
@@ -145,8 +161,8 @@ def _load_from_hub(config: DataConfig) -> "Dataset":
     try:
         dataset = load_dataset(config.path, split=config.split)
     except (DatasetsError, OSError, ValueError) as error:
-        reason = f"no such local path, and the hub: {_first_line(error)}"
-        raise ValueError(f"{config.path}: {reason}") from error
+        reason = f"no such local path, and the hub: {first_line(error)}"
+        raise BadInput(f"{config.path}: {reason}") from error
     assert isinstance(dataset, Dataset)  # one split, not streamed
     return dataset
 
@@ -155,11 +171,11 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise ValueError(f"{path}: no such file or folder")
+        raise BadInput(f"{path}: no such file or folder")
     # A name with a leading dot is a file that is still being copied.
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
     if not files:
-        raise ValueError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
+        raise BadInput(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
     return files
 
 
@@ -173,7 +189,7 @@ def _numbered_rows(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[
             return _csv_rows(file)
         case ".parquet":
             return _parquet_rows(file, columns)
-    raise ValueError(f"{file}: unknown extension: expected one of {', '.join(SUFFIXES)}")
+    raise BadInput(f"{file}: unknown extension: expected one of {', '.join(SUFFIXES)}")
 
 
 def _jsonl_rows(file: Path) -> Iterator[tuple[int, Row]]:
@@ -185,7 +201,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[int, Row]]:
 def _json_rows(file: Path) -> Iterator[tuple[int, Row]]:
     rows = _json("".join(_lines(file)), file, 1)
     if not isinstance(rows, list):
-        raise ValueError(f"{file}: expected an array of objects, {_got(rows)}")
+        raise BadInput(f"{file}: expected an array of objects, {_got(rows)}")
     for number, row in enumerate(rows, 1):
         yield number, _object(row, f"{file}:{number}")
 
@@ -198,12 +214,12 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, Row]]:
             if header is None:
                 header = cells
             elif cells and len(cells) != len(header):
-                raise ValueError(f"{file}:{begin}: expected {len(header)} fields, got {len(cells)}")
+                raise BadInput(f"{file}:{begin}: expected {len(header)} fields, got {len(cells)}")
             elif cells:
                 yield begin, dict(zip(header, cells, strict=True))
             begin = reader.line_num + 1  # a quoted field may hold line breaks
     except csv.Error as error:
-        raise ValueError(f"{file}:{begin}: not CSV: {error}") from error
+        raise BadInput(f"{file}:{begin}: not CSV: {error}") from error
 
 
 def _parquet_rows(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, Row]]:
@@ -216,7 +232,7 @@ def _parquet_rows(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[i
             batches = table.iter_batches(batch_size=1024, columns=present)
             yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not parquet: {_first_line(error)}") from error
+        raise BadInput(f"{file}: not parquet: {first_line(error)}") from error
 
 
 def _lines(file: Path) -> Iterator[str]:
@@ -226,7 +242,7 @@ def _lines(file: Path) -> Iterator[str]:
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{file}:{number}: not UTF-8: {error.reason}") from error
+                raise BadInput(f"{file}:{number}: not UTF-8: {error.reason}") from error
 
 
 def _json(text: str, file: Path, line: int) -> Any:
@@ -235,14 +251,10 @@ def _json(text: str, file: Path, line: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"{file}:{line + error.lineno - 1}"
-        raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+        raise BadInput(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
 
 
 def _object(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected an object, {_got(value)}")
+        raise BadInput(f"{where}: expected an object, {_got(value)}")
     return value
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -18,6 +18,7 @@ from cat_grpo.activations import OPTIMIZER_BYTES, free_bytes, kept_bytes, layer_
 from cat_grpo.attention import packed
 from cat_grpo.batches import KL_ESTIMATORS, Batch, MicroBatch, TrainingRow, micro_batches
 from cat_grpo.config import LearnerConfig
+from cat_grpo.errors import BadInput, Stopped
 from cat_grpo.head import head_bytes, head_logprobs, head_loss
 from cat_grpo.lora import ADAPTER_WEIGHTS, load_adapters
 
@@ -36,7 +37,7 @@ PACKING_TOLERANCE, HALF_PACKING_TOLERANCE = 1e-2, 0.25
 """In nats: above the rounding of float32 and of bfloat16, below what another attention or head makes."""
 
 
-class NotFiniteError(ArithmeticError):
+class NotFiniteError(Stopped):
     """The loss or the gradient is not finite: the update was not made, the weights are as before it."""
 
 
@@ -50,7 +51,7 @@ class Learner:
         temperature: float,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
-        """ValueError for a model that cannot be trained in packs."""
+        """BadInput for a model that cannot be trained in packs."""
         self.model: Any = model  # transformers' types know neither decoder nor head
         self._compute_dtype = compute_dtype
         self._config = config
@@ -67,8 +68,8 @@ class Learner:
     def update(self, batch: Batch) -> dict[str, float]:
         """`updates_per_step` optimizer updates on the batch; the metrics are means over them.
 
-        Raises NotFiniteError before an update that would spoil the weights, and ValueError for a batch
-        without rows, with a row that fits into no micro-batch, or with tokens that the model does not have.
+        Raises NotFiniteError before an update that would spoil the weights, ValueError for a batch without
+        rows, and BadInput for a row that fits into no micro-batch or has tokens that the model lacks.
         """
         if not batch.rows:
             raise ValueError("a batch of 0 rollouts")
@@ -205,11 +206,11 @@ class Learner:
     def _check_vocabulary(self, rows: Sequence[TrainingRow]) -> None:
         largest = max(max(row.prompt_token_ids + row.token_ids) for row in rows)
         if largest >= (size := self.model.get_input_embeddings().weight.shape[0]):
-            raise ValueError(f"token {largest} from the engine, and the learner's vocabulary has {size}")
+            raise BadInput(f"token {largest} from the engine, and the learner's vocabulary has {size}")
 
     @torch.no_grad()
     def _check_packing(self) -> None:
-        """ValueError for a model that predicts otherwise in a pack: one with recurrent layers, say, or with
+        """BadInput for a model that predicts otherwise in a pack: one with recurrent layers, say, or with
         a bias or a scale after its head."""
         prompt, completions = (1, 2, 3), ((1, 4, 5), (2, 4, 5))
         hidden, token_ids = self._example(prompt, *completions)
@@ -220,7 +221,7 @@ class Learner:
         gap = (ours - grpo.token_logprobs(logits, ids[:, 3:]).flatten()).abs().max().item()
         if not gap < (HALF_PACKING_TOLERANCE if self._is_half else PACKING_TOLERANCE):
             kind = self.model.config.model_type
-            raise ValueError(
+            raise BadInput(
                 f"model of type {kind}: packed, its logprobs are {gap:.2g} off: it cannot be trained"
             )
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from cat_grpo.errors import BadInput
+
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 """A checkpoint with this file holds the adapters alone, and names the model that they belong to."""
 
@@ -15,12 +17,12 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 def add_adapters(model: PreTrainedModel, rank: int, alpha: int, seed: int) -> None:
     """Freezes the model and gives every linear layer but the head an adapter, in float32.
 
-    The adapters change nothing until they are trained. ValueError where peft is not installed.
+    The adapters change nothing until they are trained. BadInput where peft is not installed.
     """
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ValueError("learner.lora_rank needs peft: pip install -e '.[lora]' in a checkout") from error
+        raise BadInput("learner.lora_rank needs peft: pip install -e '.[lora]' in a checkout") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")

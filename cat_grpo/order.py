@@ -9,7 +9,6 @@ import random
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from cat_grpo.records import Problem
@@ -33,14 +32,26 @@ def changes_with(changes: Sequence[Change], ids: Sequence[str], step: int) -> tu
     return (*changes, Change(step, came, left)) if came or left else tuple(changes)
 
 
-@lru_cache(maxsize=1)  # the shards of a step all ask
-def ids_of_step(changes: tuple[Change, ...], step: int, num_problems: int, seed: int) -> list[str]:
-    """The ids of a step's problems: epochs of the whole data one after another, each in an order of its own.
+class ProblemOrder:
+    """Which problems each step takes: epochs of the whole data, one after another, each in its own order.
 
-    What comes amid an epoch is taken at its end.
+    What comes in amid an epoch is taken at its end.
     """
-    drawn = _draw(changes, num_problems, seed)
-    return next(ids for at, ids in enumerate(drawn) if at == step)
+
+    def __init__(self, changes: Sequence[Change], num_problems: int, seed: int) -> None:
+        """`num_problems` are those of one step."""
+        self._arguments = changes, num_problems, seed
+        self._step, self._ids = -1, []
+        self._drawn = _draw(*self._arguments)
+
+    def ids_of(self, step: int) -> list[str]:
+        """The ids of the step's problems. Steps in order cost the same each; an earlier one draws anew."""
+        if step < self._step:
+            self.__init__(*self._arguments)
+        while self._step < step:
+            self._ids = next(self._drawn)
+            self._step += 1
+        return self._ids
 
 
 def _draw(changes: Sequence[Change], num_problems: int, seed: int) -> Iterator[list[str]]:
@@ -83,6 +94,7 @@ def rollout_keys(problems: Sequence[Problem]) -> list[str]:
 
 
 def change_lines(changes: Iterable[Change]) -> str:
+    """The text that `read_changes` reads."""
     return "".join(
         json.dumps({"step": change.step, "came": change.came, "left": change.left}) + "\n"
         for change in changes
@@ -90,7 +102,7 @@ def change_lines(changes: Iterable[Change]) -> str:
 
 
 def read_changes(path: Path) -> tuple[Change, ...]:
-    """None where there is no file."""
+    """The changes that a file tells of; () where there is no file."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     told = map(json.loads, lines)
     return tuple(Change(one["step"], tuple(one["came"]), tuple(one["left"])) for one in told)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cat_grpo.config import Config
 from cat_grpo.records import Problem
-from cat_grpo.rubrics import VERDICT_MAX_TOKENS
+from cat_grpo.rewards.judge import VERDICT_MAX_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ def plan(config: Config, problems: Sequence[Problem]) -> list[StagePlan]:
     num_problems, group_size = config.train.problems_per_step, config.rollout.group_size
     num_open = round(num_problems * Counter(problem.kind for problem in problems)["open"] / len(problems))
     num_verdicts = num_open * group_size * config.reward.max_criteria
-    synthesised = num_problems if config.reference.aggregator == "synthesis" else 0
+    synthesised = num_problems if config.reference.estimator == "synthesis" else 0
     stages = [
         ("rollouts", num_problems * group_size, config.rollout.max_tokens),
         ("references", synthesised, config.reference.max_tokens),

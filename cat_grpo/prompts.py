@@ -1,45 +1,57 @@
-"""The words that models read: one folder of plain-text Jinja templates per set, the same files in each."""
+"""The words that models read: one folder of plain-text Jinja templates per prompt set.
+
+A set may have any templates. A run needs those that its estimator and its rewards fill in, and no others.
+"""
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateSyntaxError
 
+from cat_grpo.errors import BadInput
+from cat_grpo.records import Message
 from cat_grpo.shipped import shipped
-
-TEMPLATES = (
-    "solve_verifiable",
-    "solve_open",
-    "synthesize_verifiable",
-    "synthesize_open",
-    "propose_rubric",
-    "judge_label",
-    "judge_xml",
-)
 
 
 def render(prompt_set: str, name: str, **fields: object) -> str:
-    """The template `name` of a set, filled in. A field that it names and the call lacks is an error."""
+    """Fills in the template `name` of a set. A field that it names and the call lacks is an error."""
     return _environment(prompt_set).get_template(f"{name}.txt").render(**fields)
 
 
-def prompt_hashes(prompt_set: str) -> dict[str, str]:
+def ask(text: str) -> list[Message]:
+    """A conversation of one turn, the user's."""
+    return [{"role": "user", "content": text}]
+
+
+def template_hashes(prompt_set: str, names: Iterable[str]) -> dict[str, str]:
     """The sha256 of each template: prompts are part of the experiment, so a run's manifest names them."""
     folder = set_folder(prompt_set)
-    return {name: hashlib.sha256((folder / f"{name}.txt").read_bytes()).hexdigest() for name in TEMPLATES}
+    return {name: hashlib.sha256((folder / f"{name}.txt").read_bytes()).hexdigest() for name in names}
 
 
 def set_folder(prompt_set: str) -> Path:
-    """A shipped set by name (`default`, `lab`) or a folder of one's own. ValueError names what is missing."""
+    """The folder of a shipped set (`default`, `lab`) or of one's own. BadInput where there is none."""
     shipped_set = shipped("prompts", prompt_set)
     folder = shipped_set if shipped_set.is_dir() else Path(prompt_set)
-    missing = [name for name in TEMPLATES if not (folder / f"{name}.txt").is_file()]
-    if missing:
-        raise ValueError(f"prompt set {prompt_set!r}: {folder} has no {missing[0]}.txt")
+    if not folder.is_dir():
+        raise BadInput(f"prompts: {prompt_set!r}: there is no such set and no such folder")
     return folder
+
+
+def refuse_missing(prompt_set: str, names: Iterable[str]) -> None:
+    """BadInput for the first template that the set lacks, or that is not Jinja."""
+    folder = set_folder(prompt_set)
+    for name in names:
+        file = folder / f"{name}.txt"
+        if not file.is_file():
+            raise BadInput(f"prompts: {prompt_set!r}: {folder} has no {file.name}")
+        try:
+            _environment(prompt_set).get_template(file.name)
+        except TemplateSyntaxError as error:
+            raise BadInput(f"{file}:{error.lineno}: {error.message}") from error
 
 
 def fence(text: str, tag: str) -> str:

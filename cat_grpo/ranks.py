@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from cat_grpo.activations import free_cached_memory
 from cat_grpo.batches import Batch, MicroBatch, TrainingRow, micro_batches, packs
 from cat_grpo.config import LearnerConfig
+from cat_grpo.errors import BadInput
 from cat_grpo.learner import Learner
 
 PATIENCE = 60
@@ -54,7 +55,7 @@ class Ranks:
         temperature: float,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
-        """`path` is the folder or hub id that `model` came from. ValueError as `Learner`, and for more ranks
+        """`path` is the folder or hub id that `model` came from. BadInput as `Learner`, and for more ranks
         than Ray has room for."""
         self.model = model
         if not ray.is_initialized():
@@ -109,15 +110,15 @@ class Ranks:
 
 
 def _room_for(bundle: dict[str, float], num_ranks: int) -> PlacementGroup:
-    """Room for all ranks at once. ValueError where Ray has less, or others take it."""
+    """Room for all ranks at once. BadInput where Ray has less, or others take it."""
     for kind, each in bundle.items():
         needed, there = each * num_ranks, ray.cluster_resources().get(kind, 0)
         if there < needed:
-            raise ValueError(f"learner.num_ranks: needs {needed:g} {kind}s, and Ray has {there:g}")
+            raise BadInput(f"learner.num_ranks: needs {needed:g} {kind}s, and Ray has {there:g}")
     group = placement_group([bundle] * num_ranks, strategy="PACK")
     if not group.wait(timeout_seconds=PATIENCE):
         remove_placement_group(group)
-        raise ValueError(f"learner.num_ranks: Ray had no room for {num_ranks} ranks within {PATIENCE} s")
+        raise BadInput(f"learner.num_ranks: Ray had no room for {num_ranks} ranks within {PATIENCE} s")
     return group
 
 

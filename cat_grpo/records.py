@@ -4,11 +4,13 @@ There is no gold answer among these types: training cannot read what it cannot h
 live in `evaluate`, and only there.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, TypedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict, get_args
 
 Kind = Literal["verifiable", "open"]
+KINDS_WITH_ANSWER: tuple[Kind, ...] = ("verifiable",)
+"""Problems of these kinds ask for a final answer in a box, which can be compared."""
 FinishReason = Literal["stop", "length"]
 
 
@@ -35,6 +37,17 @@ class Problem:
     def question(self) -> str:
         """The text of the last turn."""
         return self.messages[-1]["content"]
+
+    @property
+    def has_final_answer(self) -> bool:
+        """Whether its rollouts should end in a final answer."""
+        return self.kind in KINDS_WITH_ANSWER
+
+
+def kinds_of(problems: Iterable[Problem]) -> list[Kind]:
+    """The kinds that there are among the problems."""
+    present = {problem.kind for problem in problems}
+    return [kind for kind in get_args(Kind) if kind in present]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +102,8 @@ class LabelRead:
     probabilities: tuple[float, ...]
     """One per label, in the order asked. They need not sum to one."""
     usage: Usage = Usage()
+    is_told: bool = True
+    """False where the server told no probabilities at all."""
 
     @property
     def mass(self) -> float:
@@ -107,19 +122,35 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The pseudo-reference estimated from one group: an answer, never a model."""
+    """The pseudo-reference estimated from one group: an answer, never a model.
 
-    problem_id: str
+    An estimator gives the text and what it knows of it; `method.cat` adds the rest.
+    """
+
     text: str | None
-    """None when the aggregator gave nothing usable: the group then drops out and is counted."""
-    aggregator: str
-    prompt: str
-    """What the anchor read; empty for an aggregator that asks no model."""
-    num_tokens: int
-    finish_reason: FinishReason | None
-    majority: str | None
-    """The group's majority answer (verifiable), kept to compare with; None when nothing parsed."""
-    num_votes: int
+    """None when the estimator gave nothing usable: the group then drops out and is counted."""
+    answer: str | None = None
+    """The final answer in the text; None for a problem that asks for none."""
+    token_ids: tuple[int, ...] = ()
+    """Of the text as its engine wrote it, or of the chosen rollout; empty where it is known as text alone."""
+    chosen: int | None = None
+    """The rollout that the reference is, for an estimator that selects one."""
+    written: str = ""
+    """What the anchor wrote, also where it cannot be used; empty for an estimator that asks no model."""
+    refused: str | None = None
+    """Why `text` is None."""
+    prompt: str = ""
+    """What the anchor read; empty for an estimator that asks no model."""
+    num_tokens: int = 0
+    """Tokens that the anchor wrote."""
+    finish_reason: FinishReason | None = None
+    problem_id: str = ""
+    estimator: str = ""
+    """The name in the config."""
+    majority: str | None = None
+    """The group's most frequent final answer, whatever the estimator, to compare with; None when nothing
+    parsed."""
+    num_votes: int = 0
     """How many rollouts stand behind `majority`."""
 
 
@@ -141,24 +172,40 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class RolloutScore:
-    """What one rollout earned. `reward` is None when it could not be judged: it drops out and is counted."""
+class PartReward:
+    """One part of the reward, of all rollouts of one group."""
 
-    reward: float | None
-    """In [0, 1]: agreement with the reference (CaT eq. 2) or the share of criteria met (eq. 4)."""
-    penalty: float
-    """Subtracted from the reward before the advantage, logged apart: 0.0 or more."""
-    answer: str | None
-    """The final answer read from the rollout (verifiable)."""
-    verdicts: tuple[Verdict, ...]
-    """One per criterion (open)."""
+    rewards: tuple[float | None, ...]
+    """One per rollout; None for one that could not be judged."""
+    rubric: Rubric | None = None
+    """What the rollouts were judged by, where there was a rubric."""
+    verdicts: tuple[tuple[Verdict, ...], ...] = ()
+    """Per rollout, one verdict per criterion; empty without a rubric."""
 
 
 @dataclass(frozen=True, slots=True)
-class ScoredGroup:
-    """A group with its reference and one score per rollout, in the rollouts' order."""
+class RolloutReward:
+    """What one rollout earned. `reward` is None when it could not be judged: it drops out and is counted."""
+
+    reward: float | None
+    """The weighted sum of the parts; in [0, 1] where they and their weights are the paper's."""
+    penalty: float = 0.0
+    """Subtracted from the reward before the advantage, logged apart: 0.0 or more."""
+    parts: Mapping[str, float | None] = field(default_factory=dict)
+    """Each part of the reward by its name in the config, before its weight."""
+    agrees: bool | None = None
+    """Whether its final answer equals the reference's; None where there is no such answer to compare with."""
+    answer: str | None = None
+    """The final answer read from the rollout; None where there is none."""
+    verdicts: tuple[Verdict, ...] = ()
+    """One per criterion, where there is a rubric."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardedGroup:
+    """A group with its reference and one reward per rollout, in the rollouts' order."""
 
     group: Group
     reference: Reference
     rubric: Rubric | None
-    scores: tuple[RolloutScore, ...]
+    rewards: tuple[RolloutReward, ...]

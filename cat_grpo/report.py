@@ -5,14 +5,12 @@ Texts are a model's: on a page they are escaped, and cut to the widest cells tha
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from cat_grpo.config import TrainConfig
-from cat_grpo.metrics import Metrics, agrees_with_majority, differs_from_all, mean
-from cat_grpo.records import RolloutScore, ScoredGroup
+from cat_grpo.metrics import SCORE, WINDOW, Metrics, agrees_with_majority, differs_from_all, mean
+from cat_grpo.records import Reference, RewardedGroup, RolloutReward
 from cat_grpo.reviews import Accuracy
-from cat_grpo.selection import SCORE, WINDOW, alarm
 
 T = TypeVar("T")
 
@@ -33,7 +31,11 @@ HEADLINE = {
 
 
 def step_markdown(
-    history: Sequence[Metrics], scored: Sequence[ScoredGroup], num_steps: int, stopped: str | None = None
+    history: Sequence[Metrics],
+    rewarded: Sequence[RewardedGroup],
+    num_steps: int,
+    alarm: str | None = None,
+    warnings: Iterable[str] = (),
 ) -> str:
     """A page on the history's last step: alarms, headline, one group in full, and then every figure."""
     now, first = history[-1], history[0]
@@ -44,17 +46,17 @@ def step_markdown(
     )
     blocks = [
         f"# Step {len(history)} of {num_steps}",
-        *([f"⛔ **Stopped here:** {_escape(stopped)}"] if stopped else []),
-        *(f"⚠ **Look here:** {_escape(warning)}" for warning in warnings(history).values()),
+        *([f"⛔ **Stopped here:** {_escape(alarm)}"] if alarm else []),
+        *(f"⚠ **Look here:** {_escape(warning)}" for warning in warnings),
         " · ".join(headline),
-        group_markdown(scored[0]),
+        group_markdown(rewarded[0]),
         "## All figures",
         _all_figures(history),
     ]
     return "\n\n".join(blocks) + "\n"
 
 
-def run_markdown(history: Sequence[Metrics], config: TrainConfig, reviewed: Accuracy) -> str:
+def run_markdown(history: Sequence[Metrics], num_steps: int, alarm: str | None, reviewed: Accuracy) -> str:
     """A page on the whole run: its first and its last steps, its checkpoints, what people say of it."""
     first, last = history[:WINDOW], history[-WINDOW:]
     names = [name for name in _means(history[-1]) if not name.startswith(("time/", "engine/", "validation/"))]
@@ -66,8 +68,8 @@ def run_markdown(history: Sequence[Metrics], config: TrainConfig, reviewed: Accu
     ]
     decided = reviewed.right + reviewed.wrong
     blocks = [
-        f"# {len(history)} of {config.steps} steps",
-        *([f"⛔ **Stopped:** {_escape(reason)}"] if (reason := alarm(history, config)) else []),
+        f"# {len(history)} of {num_steps} steps",
+        *([f"⛔ **Stopped:** {_escape(alarm)}"] if alarm else []),
         f"People found **{reviewed.right} of {decided}** reviewed references right." if decided else "",
         _table(["", f"first {len(first)} steps", f"last {len(last)} steps"], figures),
         "## Checkpoints",
@@ -76,47 +78,26 @@ def run_markdown(history: Sequence[Metrics], config: TrainConfig, reviewed: Accu
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def warnings(history: Sequence[Metrics]) -> dict[str, str]:
-    """What a person should look at before an alarm of `selection` stops the run, by what it is about."""
-    now, first = history[-1], history[0]
-    found = {
-        name: f"{_figure(now, name)} {words}"
-        for name, words in (
-            ("reward/dropped_frac", "of the rollouts have no reward"),
-            ("rubric/abstained_frac", "of the verdicts are missing"),
-        )
-        if now.get(name, 0.0) > 0.05
-    }
-    is_falling = now.get("policy/entropy", 0.0) < first.get("policy/entropy", 0.0)
-    if is_falling and now.get("consensus/majority_frac", 0.0) > 0.95:
-        found["consensus"] = "rollouts nearly all agree while entropy falls: little is left to reconcile"
-    scores = {step: metrics[SCORE] for step, metrics in enumerate(history, start=1) if SCORE in metrics}
-    if scores and scores[max(scores)] < (best := max(scores.values())):
-        step = next(step for step, score in scores.items() if score == best)
-        found[SCORE] = f"the last checkpoint scores {scores[max(scores)]:.3f}, that of step {step} {best:.3f}"
-    return found
-
-
-def group_markdown(group: ScoredGroup) -> str:
+def group_markdown(group: RewardedGroup) -> str:
     """One problem in full: its reference beside the rollouts that it was made from."""
     return _fitting(lambda width: _group_page(group, width))
 
 
-def reference_rows(scored: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
+def reference_rows(rewarded: Sequence[RewardedGroup]) -> list[dict[str, Any]]:
     """One row per problem, as `table_rows`."""
-    return table_rows([_reference_row(group) for group in scored[:MAX_ROWS]])
+    return table_rows([_reference_row(group) for group in rewarded[:MAX_ROWS]])
 
 
-def gate_markdown(step: int, scored: Sequence[ScoredGroup]) -> str:
+def gate_markdown(step: int, rewarded: Sequence[RewardedGroup]) -> str:
     """What a person reads before the references may train the policy, in one table."""
-    rows = [_reference_row(group) for group in scored[:MAX_ROWS]]
+    rows = [_reference_row(group) for group in rewarded[:MAX_ROWS]]
 
     def table(width: int) -> str:
         return _table(
             list(rows[0]), [[_cell(str(_plain(cell, width)), width) for cell in row.values()] for row in rows]
         )
 
-    return f"Step {step + 1}: {len(rows)} of {len(scored)} references\n\n{_fitting(table)}\n"
+    return f"Step {step + 1}: {len(rows)} of {len(rewarded)} references\n\n{_fitting(table)}\n"
 
 
 def table_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -164,30 +145,30 @@ def _late(steps: Sequence[Metrics], name: str) -> str:
     return _figure({name: mean(metrics[name] for metrics in steps if name in metrics)}, name)
 
 
-def _reference_row(group: ScoredGroup) -> dict[str, Any]:
-    rewards = [score.reward for score in group.scores if score.reward is not None]
+def _reference_row(group: RewardedGroup) -> dict[str, Any]:
+    rewards = [one.reward for one in group.rewards if one.reward is not None]
     return {
         "prompt": group.group.problem.question,
         "reference": group.reference.text,
         "majority": group.reference.majority,
         "agrees": agrees_with_majority(group),
         "mean reward": round(mean(rewards), 3) if rewards else None,
-        "scored": f"{len(rewards)} of {len(group.scores)}",
+        "scored": f"{len(rewards)} of {len(group.rewards)}",
     }
 
 
-def _group_page(group: ScoredGroup, width: int) -> str:
+def _group_page(group: RewardedGroup, width: int) -> str:
     reference = [
         ["**prompt**", _cell(group.group.problem.question, width)],
-        ["**reference**", _cell(group.reference.text or "none", width)],
+        ["**reference**", _reference(group.reference, width)],
         ["**majority**", _majority(group, width)],
     ]
-    shown = list(zip(group.group.rollouts, group.scores, strict=True))[:MAX_ROLLOUTS]
+    shown = list(zip(group.group.rollouts, group.rewards, strict=True))[:MAX_ROLLOUTS]
     rollouts = [
-        [str(i), _cell(rollout.text, width), _reward(score)]
-        for i, (rollout, score) in enumerate(shown, start=1)
+        [str(i), _cell(rollout.text, width), _reward(reward)]
+        for i, (rollout, reward) in enumerate(shown, start=1)
     ]
-    num_more = len(group.scores) - len(shown)
+    num_more = len(group.rewards) - len(shown)
     blocks = [
         f"## One group: {_cell(group.group.problem.id, 60)}",
         _table(["", ""], [row for row in reference if row[1]]),
@@ -198,23 +179,30 @@ def _group_page(group: ScoredGroup, width: int) -> str:
     return "\n\n".join(block for block in blocks if block)
 
 
-def _majority(group: ScoredGroup, width: int) -> str:
+def _reference(reference: Reference, width: int) -> str:
+    """The reference; where there is none, why, and what the anchor wrote."""
+    if reference.text is not None:
+        return _cell(reference.text, width)
+    return f"none: {reference.refused} {_cell(reference.written, width)}".rstrip()
+
+
+def _majority(group: RewardedGroup, width: int) -> str:
     """The most frequent answer and how the reference stands to it; empty without one."""
     reference = group.reference
     if reference.majority is None:
         return ""
-    told = f"{_cell(reference.majority, width)} ({reference.num_votes} of {len(group.scores)})"
+    told = f"{_cell(reference.majority, width)} ({reference.num_votes} of {len(group.rewards)})"
     if differs_from_all(group):
         return f"{told}; the reference is in **no rollout**"
     agrees = agrees_with_majority(group)
     return told + {True: "; the reference agrees", False: "; the reference **differs**", None: ""}[agrees]
 
 
-def _criteria(group: ScoredGroup, width: int) -> str:
+def _criteria(group: RewardedGroup, width: int) -> str:
     """The rubric, and how many of the rollouts that were judged meet each criterion; empty without one."""
     if group.rubric is None:
         return ""
-    judged = [score.verdicts for score in group.scores if score.verdicts]
+    judged = [one.verdicts for one in group.rewards if one.verdicts]
     rows = []
     for i, criterion in enumerate(group.rubric.criteria[:MAX_ROWS]):
         read = [verdicts[i].satisfied for verdicts in judged if verdicts[i].satisfied is not None]
@@ -222,10 +210,10 @@ def _criteria(group: ScoredGroup, width: int) -> str:
     return _table(["criterion", "met by"], rows)
 
 
-def _reward(score: RolloutScore) -> str:
-    if score.reward is None:
+def _reward(reward: RolloutReward) -> str:
+    if reward.reward is None:
         return "not judged"
-    return f"{score.reward:.2f}" + (f" - {score.penalty:.2f}" if score.penalty else "")
+    return f"{reward.reward:.2f}" + (f" - {reward.penalty:.2f}" if reward.penalty else "")
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

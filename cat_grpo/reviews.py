@@ -5,12 +5,14 @@ The one measure of references where there are no gold answers.
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from cat_grpo.errors import BadInput
+from cat_grpo.files import append_line
 
 REVIEWS = "reviews.jsonl"
 
@@ -60,16 +62,11 @@ def now() -> str:
 
 def append_review(path: Path, review: Review) -> None:
     """One line more. Several processes may write at once: a line is one write to the end of the file."""
-    line = json.dumps(asdict(review), ensure_ascii=False) + "\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(descriptor, line.encode())
-    finally:
-        os.close(descriptor)
+    append_line(path, json.dumps(asdict(review), ensure_ascii=False))
 
 
 def read_reviews(path: Path) -> list[Review]:
-    """In the order of writing; none where there is no file. ValueError that says which line is wrong."""
+    """In the order of writing; none where there is no file. BadInput that says which line is wrong."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -98,7 +95,7 @@ def _review(line: str, where: str) -> Review:
         told: Any = json.loads(line)
         review = Review(**told)
     except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"{where}: not a review: {error}") from error
+        raise BadInput(f"{where}: not a review: {error}") from error
     if review.opinion not in get_args(Opinion):
-        raise ValueError(f"{where}: opinion: expected right, wrong or unsure, got {review.opinion!r}")
+        raise BadInput(f"{where}: opinion: expected right, wrong or unsure, got {review.opinion!r}")
     return review

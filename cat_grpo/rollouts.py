@@ -2,25 +2,25 @@
 
 from collections.abc import Sequence
 
-from cat_grpo.config import RolloutConfig
+from cat_grpo.config import Config
 from cat_grpo.engines import Engine, Sampling
 from cat_grpo.prompts import render
 from cat_grpo.records import Group, Messages, Problem
 
 
 async def generate_rollouts(
-    problems: Sequence[Problem], policy: Engine, config: RolloutConfig, prompt_set: str, seeds: Sequence[int]
+    problems: Sequence[Problem], policy: Engine, config: Config, seeds: Sequence[int]
 ) -> list[Group]:
     """One group per problem, in order; rollout i of a problem depends on (its seed, i) alone."""
     sampling = Sampling(
-        max_tokens=config.max_tokens,
-        n=config.group_size,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
+        max_tokens=config.rollout.max_tokens,
+        n=config.rollout.group_size,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        top_k=config.rollout.top_k,
         seeds=seeds,
     )
-    prompts = [solve_prompt(problem, prompt_set) for problem in problems]
+    prompts = [solve_prompt(problem, config.prompts) for problem in problems]
     generations = await policy.generate(prompts, sampling)
     return [
         Group(problem, generation.prompt_token_ids, generation.completions)
@@ -30,5 +30,9 @@ async def generate_rollouts(
 
 def solve_prompt(problem: Problem, prompt_set: str) -> Messages:
     """The conversation as the data have it, its last turn put into the template of the problem's kind."""
-    last_turn = render(prompt_set, f"solve_{problem.kind}", question=problem.question)
+    last_turn = render(prompt_set, solve_template(problem.kind), question=problem.question)
     return [*problem.messages[:-1], {"role": "user", "content": last_turn}]
+
+
+def solve_template(kind: str) -> str:
+    return f"solve_{kind}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 
 from cat_grpo.metrics import agrees_with_majority, differs_from_all, mean, std
-from cat_grpo.records import Kind, ScoredGroup
+from cat_grpo.records import Kind, RewardedGroup
 
 Values = Sequence[Sequence[float | None]]
 """(P, G): one a rollout, None where it could not be judged."""
@@ -72,25 +72,25 @@ class Summary:
     """Empty before the update."""
 
 
-def summarise(scored: Sequence[ScoredGroup], first: int = 0) -> list[Summary]:
+def summarise(rewarded: Sequence[RewardedGroup], first: int = 0) -> list[Summary]:
     """One per group, in order; `first` is the position of the first of them in its step."""
-    return [_summary(group, position) for position, group in enumerate(scored, first)]
+    return [_summary(group, position) for position, group in enumerate(rewarded, first)]
 
 
 def summarise_update(
-    scored: Sequence[ScoredGroup], kl: Values, totals: Values, advantages: Values
+    rewarded: Sequence[RewardedGroup], kl: Values, totals: Values, advantages: Values
 ) -> list[Summary]:
     """As `summarise` of a whole step, with what its update was made of: (P, G) each, `kl` perhaps empty."""
-    kl = kl or [()] * len(scored)
+    kl = kl or [()] * len(rewarded)
     return [
         replace(summary, kl=tuple(kl[p]), totals=tuple(totals[p]), advantages=tuple(advantages[p]))
-        for p, summary in enumerate(summarise(scored))
+        for p, summary in enumerate(summarise(rewarded))
     ]
 
 
-def _summary(group: ScoredGroup, position: int) -> Summary:
+def _summary(group: RewardedGroup, position: int) -> Summary:
     problem, reference = group.group.problem, group.reference
-    rewards = [score.reward for score in group.scores if score.reward is not None]
+    rewards = [one.reward for one in group.rewards if one.reward is not None]
     return Summary(
         position,
         problem.id,
@@ -103,7 +103,7 @@ def _summary(group: ScoredGroup, position: int) -> Summary:
         differs_from_all(group),
         no_variance=len(set(rewards)) == 1,
         truncated=sum(rollout.finish_reason == "length" for rollout in group.group.rollouts),
-        abstained=sum(v.satisfied is None for score in group.scores for v in score.verdicts),
+        abstained=sum(v.satisfied is None for one in group.rewards for v in one.verdicts),
         mean_reward=mean(rewards) if rewards else None,
         reward_std=std(rewards) if rewards else None,
         mean_tokens=mean(len(rollout.token_ids) for rollout in group.group.rollouts),

@@ -1,7 +1,6 @@
 """From the learner to an engine with weights of its own, and the proof that they have arrived."""
 
 import asyncio
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cat_grpo.engines import Engine, SyncError
+from cat_grpo.files import whole
 from cat_grpo.lora import has_adapters
 
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1
@@ -48,7 +48,7 @@ async def check_sync(learner: Engine, engine: Engine, probes: Sequence[Probe], t
     """The largest mean gap between the two on a probe, in nats. SyncError, with the first probe beyond
     `tolerance` by name, where they do not serve the same weights."""
     asked = [probe.prompt_token_ids for probe in probes], [probe.token_ids for probe in probes]
-    ours, theirs = await learner.score(*asked), await engine.score(*asked)
+    ours, theirs = await learner.logprobs(*asked), await engine.logprobs(*asked)
     gaps = [
         sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
         for one, other in zip(ours, theirs, strict=True)
@@ -63,16 +63,13 @@ async def check_sync(learner: Engine, engine: Engine, probes: Sequence[Probe], t
 
 
 def make_probes(prompts: Sequence[tuple[str, Sequence[int]]]) -> list[Probe]:
-    """Of named prompts in ids: their second half is what is scored, after their first."""
+    """Of named prompts in ids: the engine gives the logprobs of their second half, after their first."""
     return [Probe(name, tuple(ids[: len(ids) // 2]), tuple(ids[len(ids) // 2 :])) for name, ids in prompts]
 
 
 def _save_adapters(model: Any, folder: Path) -> None:
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    with whole(folder) as temporary:
+        model.save_pretrained(temporary)
 
 
 def _memory(model: PreTrainedModel, dtype: torch.dtype) -> Path | None:

@@ -1,4 +1,4 @@
-"""Records as rows of parquet tables, and back: one row a rollout, or one a reference."""
+"""Records as rows of parquet tables, and back: one row per rollout, or one per reference."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,14 +8,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cat_grpo.files import whole
 from cat_grpo.records import (
     Completion,
     Group,
     Problem,
     Reference,
-    RolloutScore,
+    RewardedGroup,
+    RolloutReward,
     Rubric,
-    ScoredGroup,
     Verdict,
 )
 
@@ -40,8 +41,13 @@ ROLLOUTS = pa.schema(
 REFERENCES = pa.schema(
     [
         ("problem_id", pa.string()),
+        ("estimator", pa.string()),
         ("text", pa.string()),
-        ("aggregator", pa.string()),
+        ("answer", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("chosen", pa.int32()),
+        ("written", pa.string()),
+        ("refused", pa.string()),
         ("prompt", pa.string()),
         ("num_tokens", pa.int32()),
         ("finish_reason", pa.string()),
@@ -49,12 +55,14 @@ REFERENCES = pa.schema(
         ("num_votes", pa.int32()),
     ]
 )
-SCORES = pa.schema(
+REWARDS = pa.schema(
     [
         ("problem_id", pa.string()),
         ("rollout", pa.int32()),
         ("reward", pa.float64()),
         ("penalty", pa.float64()),
+        ("parts", pa.map_(pa.string(), pa.float64())),
+        ("agrees", pa.bool_()),
         ("answer", pa.string()),
         ("criteria", pa.list_(pa.string())),
         ("satisfied", pa.list_(pa.bool_())),
@@ -102,44 +110,47 @@ def reference_rows(references: Iterable[Reference]) -> Iterator[Row]:
 
 def references_from(rows: Iterable[Row]) -> list[Reference]:
     """The inverse of `reference_rows`."""
-    return [Reference(**row) for row in rows]
+    return [Reference(**{**row, "token_ids": tuple(row["token_ids"])}) for row in rows]
 
 
-def score_rows(scored: Iterable[ScoredGroup]) -> Iterator[Row]:
+def reward_rows(rewarded: Iterable[RewardedGroup]) -> Iterator[Row]:
     """One row per rollout, a group's rows together. `criteria` is null without a rubric."""
-    for group in scored:
-        for i, score in enumerate(group.scores):
+    for group in rewarded:
+        for i, reward in enumerate(group.rewards):
             yield {
                 "problem_id": group.group.problem.id,
                 "rollout": i,
-                "reward": score.reward,
-                "penalty": score.penalty,
-                "answer": score.answer,
+                "reward": reward.reward,
+                "penalty": reward.penalty,
+                "parts": list(reward.parts.items()),
+                "agrees": reward.agrees,
+                "answer": reward.answer,
                 "criteria": group.rubric.criteria if group.rubric else None,
-                "satisfied": [verdict.satisfied for verdict in score.verdicts],
-                "probabilities": [verdict.probability for verdict in score.verdicts],
+                "satisfied": [verdict.satisfied for verdict in reward.verdicts],
+                "probabilities": [verdict.probability for verdict in reward.verdicts],
             }
 
 
-def scored_from(
+def rewarded_from(
     rows: Iterable[Row], groups: Sequence[Group], references: Sequence[Reference]
-) -> list[ScoredGroup]:
-    """The inverse of `score_rows`, joined in order to the groups and references that were scored."""
+) -> list[RewardedGroup]:
+    """The inverse of `reward_rows`, joined in order to the groups and references that were judged."""
     return [
-        ScoredGroup(
+        RewardedGroup(
             group,
             reference,
             Rubric(tuple(members[0]["criteria"])) if members[0]["criteria"] is not None else None,
-            tuple(_score(row) for row in members),
+            tuple(_reward(row) for row in members),
         )
         for group, reference, members in zip(groups, references, _by_group(rows), strict=True)
     ]
 
 
-def write_table(rows: Iterable[Row], schema: pa.Schema, path: Path) -> None:
-    """The rows as one parquet file at `path`, which must not be read before this returns."""
-    table = pa.Table.from_pylist(list(rows), schema=schema)
-    pq.write_table(table, path, row_group_size=ROW_GROUP)
+def write_table(rows: Iterable[Row], schema: pa.Schema, path: Path) -> Path:
+    """Writes the rows as one parquet file, whole. Returns its path."""
+    with whole(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), temporary, row_group_size=ROW_GROUP)
+    return path
 
 
 def read_table(path: Path) -> list[Row]:
@@ -158,6 +169,8 @@ def _by_group(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield members
 
 
-def _score(row: Row) -> RolloutScore:
+def _reward(row: Row) -> RolloutReward:
     verdicts = (Verdict(*verdict) for verdict in zip(row["satisfied"], row["probabilities"], strict=True))
-    return RolloutScore(row["reward"], row["penalty"], row["answer"], tuple(verdicts))
+    return RolloutReward(
+        row["reward"], row["penalty"], dict(row["parts"]), row["agrees"], row["answer"], tuple(verdicts)
+    )

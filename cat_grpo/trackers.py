@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from cat_grpo.errors import BadInput
 from cat_grpo.metrics import Metrics
 
 PROJECT = "cat_grpo"
@@ -27,7 +28,7 @@ class Tracker:
 def open_tracker(name: str | None, run: Path, settings: Mapping[str, Any], next_step: int) -> Tracker:
     """The tracker, on the run of the same directory if it has been there before; None tracks nothing.
 
-    ValueError where its library is not installed.
+    BadInput where its library is not installed.
     """
     if name is None:
         return Tracker(lambda metrics, step: None, lambda: None)
@@ -39,7 +40,7 @@ def open_tracker(name: str | None, run: Path, settings: Mapping[str, Any], next_
     try:
         library = import_module(module)
     except ImportError as error:
-        raise ValueError(f"train.tracker: {name} is not installed: pip install {name}") from error
+        raise BadInput(f"train.tracker: {name} is not installed: pip install {name}") from error
     return opener(library, run.resolve(), settings, next_step)
 
 

@@ -25,11 +25,11 @@ from prefect.events import emit_event
 from prefect.exceptions import PrefectException
 
 from cat_grpo.curves import picture
-from cat_grpo.metrics import Metrics
-from cat_grpo.report import MAX_ROWS, reference_rows, run_markdown, step_markdown, warnings
+from cat_grpo.metrics import SCORE, Metrics
+from cat_grpo.report import MAX_ROWS, reference_rows, run_markdown, step_markdown
 from cat_grpo.reviews import REVIEWS, accuracy, read_reviews
 from cat_grpo.rundir import RunDir
-from cat_grpo.selection import SCORE
+from cat_grpo.stopping import alarm, warnings
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ ALARM, RUN_RESOURCE = "cat_grpo.alarm", "cat_grpo.run."
 
 
 class Dashboard:
-    """The pages of one run, for as long as a flow trains it. They are made while the next step is sampled."""
+    """The pages of one run. They are made while the next step is sampled."""
 
     def __init__(self, run: RunDir) -> None:
         self.run = run
@@ -50,29 +50,26 @@ class Dashboard:
         self._progress: UUID | None = None
         self._showing: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> "Dashboard":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._shown()
-
-    async def show_step(self, history: Sequence[Metrics], alarm: str | None) -> None:
+    async def show_step(self, history: Sequence[Metrics], reason: str | None) -> None:
         """The last step's figures and references; the curves too where it has a checkpoint."""
-        await self._shown()
-        self._showing = asyncio.create_task(self._show_step(history, alarm))
+        await self.shown()
+        self._showing = asyncio.create_task(self._show_step(history, reason))
 
-    async def _shown(self) -> None:
+    async def shown(self) -> None:
+        """Waits for the pages of the last step."""
         if self._showing:
             await self._showing
 
-    async def _show_step(self, history: Sequence[Metrics], alarm: str | None) -> None:
-        self._raise_alarms(history, alarm)
+    async def _show_step(self, history: Sequence[Metrics], reason: str | None) -> None:
+        self._raise_alarms(history, reason)
         step, train = len(history) - 1, self.run.config.train
-        scored = await asyncio.to_thread(self.run.read_step, step, MAX_ROWS)
+        rewarded = await asyncio.to_thread(self.run.read_step, step, MAX_ROWS)
         link = inspector_link(self.run.path, step)
-        page = _headed(link, step_markdown(history, scored, train.steps, alarm))
+        page = _headed(
+            link, step_markdown(history, rewarded, train.steps, reason, warnings(history).values())
+        )
         await publish(acreate_markdown_artifact(page, f"{self._key}-step", f"Step {step + 1}"))
-        rows = reference_rows(scored)
+        rows = reference_rows(rewarded)
         everything = link or f"In full: {self.run.step_folder(step)}"
         shown = f"Step {step + 1}: {len(rows)} of {train.problems_per_step} references. {everything}"
         await publish(acreate_table_artifact(rows, f"{self._key}-references", shown))
@@ -85,11 +82,11 @@ class Dashboard:
 
     async def show_run(self) -> None:
         """The report at the end of a flow run."""
-        await self._shown()
-        history = self.run.metrics()
+        await self.shown()
+        history, train = self.run.metrics(), self.run.config.train
         if history:
             said = accuracy(read_reviews(self.run.path / REVIEWS))
-            page = run_markdown(history, self.run.config.train, said)
+            page = run_markdown(history, train.steps, alarm(history, train), said)
             page = _headed(inspector_link(self.run.path, len(history) - 1), page)
             await publish(acreate_markdown_artifact(page, f"{self._key}-report", str(self.run.path)))
 
@@ -103,11 +100,11 @@ class Dashboard:
         else:
             await publish(aupdate_progress_artifact(self._progress, percent))
 
-    def _raise_alarms(self, history: Sequence[Metrics], alarm: str | None) -> None:
+    def _raise_alarms(self, history: Sequence[Metrics], reason: str | None) -> None:
         """Events: why the run stops, and every warning that the step before did not have."""
         before = warnings(history[:-1]) if len(history) > 1 else {}
         new = {about: words for about, words in warnings(history).items() if about not in before}
-        for about, words in {**new, **({"stop": alarm} if alarm else {})}.items():
+        for about, words in {**new, **({"stop": reason} if reason else {})}.items():
             emit_event(
                 ALARM,
                 resource={

@@ -9,8 +9,8 @@ from typing import Any
 
 from prefect import flow
 
-from cat_grpo.presets import load_config
-from cat_grpo.rundir import write_whole
+from cat_grpo.files import write_whole
+from cat_grpo.settings import load_config
 from cat_grpo.shipped import shipped
 from flows.evaluate import evaluate
 from flows.train import train

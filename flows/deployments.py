@@ -29,6 +29,7 @@ from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.workers.process import ProcessWorker
 
+from cat_grpo.errors import Stopped
 from flows.artifacts import ALARM, RUN_RESOURCE
 
 POOL = "cat-grpo"
@@ -42,7 +43,7 @@ LIMIT_S = 24 * 3600
 async def apply(prefect_file: Path, num_slots: int, heartbeat_s: int, environment: Mapping[str, str]) -> None:
     """Make the server of `environment` offer what `prefect_file` says, `num_slots` runs at a time.
 
-    A run that is silent for three heartbeats is taken for dead. ChildProcessError where Prefect refuses the
+    A run that is silent for three heartbeats is taken for dead. Stopped where Prefect refuses the
     file.
     """
     with temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}):
@@ -144,4 +145,4 @@ def _deploy(prefect_file: Path, known: Mapping[str, bool], environment: Mapping[
             command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         )
     if done.returncode:
-        raise ChildProcessError(f"{prefect_file} could not be applied: {done.stdout}{done.stderr}")
+        raise Stopped(f"{prefect_file} could not be applied: {done.stdout}{done.stderr}")

@@ -9,6 +9,7 @@ from prefect.settings import get_current_settings
 from pydantic import Field
 
 from cat_grpo.config import TrainConfig
+from cat_grpo.errors import BadInput
 from cat_grpo.report import gate_markdown
 from cat_grpo.rundir import RunDir
 from flows.artifacts import inspector_link
@@ -32,9 +33,9 @@ class Decision(RunInput):
 
 
 def refuse_unseen(config: TrainConfig) -> None:
-    """ValueError for a gate that nobody could open: on Prefect's temporary server there is no dashboard."""
+    """BadInput for a gate that nobody could open: on Prefect's temporary server there is no dashboard."""
     if config.review_gate and not get_current_settings().api.url:
-        raise ValueError("train.review_gate: asks in the dashboard: start the run there, with cat-grpo serve")
+        raise BadInput("train.review_gate: asks in the dashboard: start the run there, with cat-grpo serve")
 
 
 async def ask(run: RunDir, step: int) -> bool:

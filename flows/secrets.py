@@ -3,10 +3,11 @@
 from prefect.blocks.system import Secret
 
 from cat_grpo.config import Config
+from cat_grpo.errors import BadInput
 
 
 async def read_secrets(config: Config) -> dict[str, str]:
-    """What each `prefect:NAME` of the config's keys stands for. ValueError for one that is not there."""
+    """What each `prefect:NAME` of the config's keys stands for. BadInput for one that is not there."""
     models = [model for model in (config.model, config.anchor, config.judge) if model]
     wanted = {model.server.api_key for model in models if model.server.api_key.startswith("prefect:")}
     return {where: await _read(where.removeprefix("prefect:")) for where in wanted}
@@ -15,6 +16,6 @@ async def read_secrets(config: Config) -> dict[str, str]:
 async def _read(name: str) -> str:
     try:
         block = await Secret.aload(name)
-    except ValueError as error:
-        raise ValueError(f"server.api_key: prefect:{name}: there is no such Secret block") from error
+    except BadInput as error:
+        raise BadInput(f"server.api_key: prefect:{name}: there is no such Secret block") from error
     return str(block.get())

@@ -16,6 +16,7 @@ import httpx
 import psutil
 from prefect.settings import PREFECT_HOME
 
+from cat_grpo.errors import BadInput, Stopped
 from cat_grpo.shipped import shipped
 from flows.artifacts import INSPECTED, INSPECTOR_URL
 from flows.deployments import POOL, PREFECT, apply
@@ -37,8 +38,8 @@ HEARTBEAT_S = 30
 def serve(runs: Path, host: str = "127.0.0.1", port: int = 4200, database: str | None = None) -> None:
     """Server on `port`, inspector on the next one, and a worker, until Ctrl-C or SIGTERM.
 
-    `database` is the server's, by default SQLite in PREFECT_HOME. ValueError for a port that is
-    taken, ChildProcessError when one of them dies: then all end.
+    `database` is the server's, by default SQLite in PREFECT_HOME. BadInput for a port that is
+    taken, Stopped when one of them dies: then all end.
     """
     token = _token(host)
     for wanted in (port, port + 1):
@@ -82,11 +83,11 @@ class Services:
             )
 
     def check(self) -> None:
-        """ChildProcessError when one of them has ended."""
+        """Stopped when one of them has ended."""
         self._note_below()
         for name, process in self._processes.items():
             if process.poll() is not None:
-                raise ChildProcessError(
+                raise Stopped(
                     f"the {name} ended with status {process.returncode}: see {self.logs / f'{name}.log'}"
                 )
 
@@ -177,11 +178,11 @@ def _environment(address: str, inspected: str, runs: Path) -> dict[str, str]:
 
 
 def _token(host: str) -> str | None:
-    """What the inspector asks for, if others can reach it. ValueError if they could start runs here."""
+    """What the inspector asks for, if others can reach it. BadInput if they could start runs here."""
     if host in LOOPBACK:
         return None
     if not os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
-        raise ValueError(
+        raise BadInput(
             f"--host {host}: who reaches the server runs code here: set PREFECT_SERVER_API_AUTH_STRING and"
             " PREFECT_API_AUTH_STRING to one user:password"
         )
@@ -194,7 +195,7 @@ def _refuse_taken(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ValueError(f"port {port} of {host} is not to be had: {error.strerror}") from error
+            raise BadInput(f"port {port} of {host} is not to be had: {error.strerror}") from error
 
 
 def _wait_until_healthy(services: Services, url: str) -> None:
@@ -207,9 +208,7 @@ def _wait_until_healthy(services: Services, url: str) -> None:
         except httpx.TransportError:
             pass
         time.sleep(0.2)
-    raise ChildProcessError(
-        f"the server did not answer within {PATIENCE_S:.0f} s: see {services.logs / 'server.log'}"
-    )
+    raise Stopped(f"the server did not answer within {PATIENCE_S:.0f} s: see {services.logs / 'server.log'}")
 
 
 def _welcome(address: str, inspected: str, logs: Path) -> str:

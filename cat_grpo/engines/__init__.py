@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from cat_grpo.errors import Stopped
 from cat_grpo.records import Generation, LabelRead, Messages
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ class NoLogprobsError(Exception):
     """The server tells no probabilities of tokens: labels cannot be read, only written."""
 
 
-class SyncError(RuntimeError):
+class SyncError(Stopped):
     """An engine does not serve the learner's weights."""
 
 
@@ -51,15 +52,16 @@ class Engine(Protocol):
     async def read_labels(self, prompts: Sequence[Messages], labels: Sequence[str]) -> list[LabelRead]:
         """The probability of each label as the first token of the answer: one prefill, no decoding.
 
-        Raises ValueError when two labels begin with the same token, NoLogprobsError where nothing is told.
+        Raises BadInput when two labels begin with the same token, NoLogprobsError where the server refuses to
+        tell any; a reply without them is a read that `is_told` is False of.
         """
         ...
 
-    async def score(
+    async def logprobs(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
     ) -> list[tuple[float, ...]]:
-        """log pi(token) in nats at temperature 1 for each token of each completion; ids in, as returned by
-        `generate`."""
+        """log pi(token) in nats at temperature 1 for each token of each completion, whose ids are those that
+        `generate` has returned."""
         ...
 
     async def load_weights(self, checkpoint: Path) -> None:

@@ -28,9 +28,10 @@ from transformers import (
 
 from cat_grpo.config import ModelConfig
 from cat_grpo.engines import Sampling
-from cat_grpo.engines.tokens import ChatTokens, end_of_turn_ids, load_tokenizer, model_folder, readable_model
+from cat_grpo.engines.tokens import ChatTokens, end_of_turn_ids, load_tokenizer, readable_model
 from cat_grpo.head import head_logprobs
 from cat_grpo.lora import adapters_off
+from cat_grpo.models import model_folder
 from cat_grpo.records import Completion, Generation, LabelRead, Messages, Usage
 
 T = TypeVar("T")
@@ -97,10 +98,10 @@ class HFEngine:
     async def read_labels(self, prompts: Sequence[Messages], labels: Sequence[str]) -> list[LabelRead]:
         return await self._run(lambda: self._read_labels(prompts, labels))
 
-    async def score(
+    async def logprobs(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
     ) -> list[tuple[float, ...]]:
-        return await self._run(lambda: self._score(prompts, completions))
+        return await self._run(lambda: self._logprobs(prompts, completions))
 
     async def load_weights(self, checkpoint: Path) -> None:
         await self._run(lambda: self._load_weights(checkpoint))
@@ -170,11 +171,11 @@ class HFEngine:
                 reads[i] = LabelRead(tuple(row), Usage(len(ids[i])))
         return [reads[i] for i in range(len(prompts))]
 
-    def _score(
+    def _logprobs(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
     ) -> list[tuple[float, ...]]:
         rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
-        scores: dict[int, tuple[float, ...]] = {}
+        read: dict[int, tuple[float, ...]] = {}
         for batch in self._batches([len(row) for row in rows], 0, 1):
             input_ids, attention_mask = self._left_padded([rows[i] for i in batch])
             longest = max(len(completions[i]) for i in batch)
@@ -187,8 +188,8 @@ class HFEngine:
                 tokens.flatten(),
             )
             for i, row in zip(batch, logprobs.view_as(tokens).tolist(), strict=True):
-                scores[i] = tuple(row[longest - len(completions[i]) :])
-        return [scores[i] for i in range(len(rows))]
+                read[i] = tuple(row[longest - len(completions[i]) :])
+        return [read[i] for i in range(len(rows))]
 
     def _left_padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         longest = max(len(row) for row in rows)

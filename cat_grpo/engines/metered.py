@@ -84,10 +84,10 @@ class _Metered(Engine):
         self.meter.answered(read.usage for read in reads)
         return reads
 
-    async def score(
+    async def logprobs(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
     ) -> list[tuple[float, ...]]:
-        return await self.engine.score(prompts, completions)
+        return await self.engine.logprobs(prompts, completions)
 
     async def load_weights(self, checkpoint: Path) -> None:
         await self.engine.load_weights(checkpoint)

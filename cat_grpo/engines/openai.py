@@ -12,6 +12,7 @@ from cat_grpo.config import ModelConfig
 from cat_grpo.engines import NoLogprobsError, Sampling, together
 from cat_grpo.engines.pool import UNREACHABLE, APIConnectionError, APIStatusError, NotFoundError, Pool, Server
 from cat_grpo.engines.tokens import ChatTokens
+from cat_grpo.errors import BadInput
 from cat_grpo.lora import ADAPTER_WEIGHTS
 from cat_grpo.records import Completion, Generation, LabelRead, Messages, Usage
 
@@ -86,10 +87,10 @@ class TokenServers(_Servers):
             self._read_label(self._tokens.encode(messages), label_ids) for messages in prompts
         )
 
-    async def score(
+    async def logprobs(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
     ) -> list[tuple[float, ...]]:
-        return await together(self._score(*row) for row in zip(prompts, completions, strict=True))
+        return await together(self._logprobs(*row) for row in zip(prompts, completions, strict=True))
 
     async def load_weights(self, checkpoint: Path) -> None:
         if not (checkpoint / ADAPTER_WEIGHTS).exists():
@@ -126,7 +127,7 @@ class TokenServers(_Servers):
         )
         return LabelRead(probabilities, self._usage(answer, retries))
 
-    async def _score(self, prompt: Sequence[int], completion: Sequence[int]) -> tuple[float, ...]:
+    async def _logprobs(self, prompt: Sequence[int], completion: Sequence[int]) -> tuple[float, ...]:
         answer, _ = await self._complete(
             [*prompt, *completion], max_tokens=1, temperature=0.0, extra_body={"prompt_logprobs": 0}
         )
@@ -195,7 +196,7 @@ class TokenServers(_Servers):
         except UNREACHABLE as error:
             self._pool.set_aside(server, error)
         except APIStatusError as error:
-            raise ValueError(
+            raise BadInput(
                 f"{server.url}: {self._pool.said(error)} (adapters need VLLM_ALLOW_RUNTIME_LORA_UPDATING=1,"
                 " --enable-lora, and the run's directory)"
             ) from None
@@ -216,7 +217,7 @@ class ChatServers(_Servers):
     async def read_labels(self, prompts: Sequence[Messages], labels: Sequence[str]) -> list[LabelRead]:
         return await together(self._read_label(messages, labels) for messages in prompts)
 
-    async def score(
+    async def logprobs(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
     ) -> list[tuple[float, ...]]:
         raise ValueError("server.api: chat: it tells no logprobs of tokens that others have written")
@@ -253,19 +254,17 @@ class ChatServers(_Servers):
                 logprobs=True,
                 top_logprobs=TOP_LOGPROBS,
             )
-        except ValueError as error:
+        except BadInput as error:
             if "logprobs" in str(error):
                 raise NoLogprobsError(str(error)) from error
             raise
         told = answer.choices[0].logprobs
-        if told is None or not told.content:
-            raise NoLogprobsError(f"{self._model}: no logprobs came back")
-        tops = told.content[0].top_logprobs
+        tops = told.content[0].top_logprobs if told and told.content else ()
         probabilities = tuple(
             sum(math.exp(top.logprob) for top in tops if top.token.strip().lower() == label)
             for label in labels
         )
-        return LabelRead(probabilities, self._usage(answer, retries))
+        return LabelRead(probabilities, self._usage(answer, retries), is_told=bool(tops))
 
     async def _chat(
         self, messages: Messages, extra_body: dict[str, Any], **arguments: Any

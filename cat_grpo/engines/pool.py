@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from cat_grpo.config import ServerConfig
+from cat_grpo.errors import BadInput, Stopped
 
 try:
     from aiolimiter import AsyncLimiter
@@ -19,7 +20,7 @@ try:
         RateLimitError,
     )
 except ImportError as error:
-    raise ValueError("engine openai needs its client: pip install -e '.[openai]' in a checkout") from error
+    raise BadInput("engine openai needs its client: pip install -e '.[openai]' in a checkout") from error
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class Pool:
     async def ask(self, request: Callable[[Server], Awaitable[T]]) -> tuple[T, int]:
         """What a server answers, and how many have failed before it.
 
-        Raises ConnectionError when none could be had, ValueError when one refuses the request as such.
+        Raises Stopped when none could be had, BadInput when one refuses the request as such.
         """
         failures = 0
         while True:
@@ -91,9 +92,9 @@ class Pool:
                 failures += 1
                 self.set_aside(server, error)
                 if failures >= LIVES * len(self.servers):
-                    raise ConnectionError(f"{server.url}: {self.said(error)}") from None
+                    raise Stopped(f"{server.url}: {self.said(error)}") from None
             except APIStatusError as error:
-                raise ValueError(f"{server.url}: {self.said(error)}") from None
+                raise BadInput(f"{server.url}: {self.said(error)}") from None
             finally:
                 server.asked -= 1
 

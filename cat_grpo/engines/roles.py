@@ -11,7 +11,8 @@ from cat_grpo.config import Config, ModelConfig
 from cat_grpo.engines import Engine, Engines
 from cat_grpo.engines.hf import HFEngine, resolve_device, unloaded_model
 from cat_grpo.engines.memory import GIB, HALF, TRAINED, engine_share
-from cat_grpo.engines.tokens import model_folder
+from cat_grpo.errors import BadInput
+from cat_grpo.models import model_folder
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ Secrets = Mapping[str, str]
 def open_engine(
     config: ModelConfig, secrets: Secrets, gpu_memory: float | None = None, lora_rank: int = 0
 ) -> Engine:
-    """The engine that the config names, with the model's own weights. ValueError for what it cannot serve."""
+    """The engine that the config names, with the model's own weights. BadInput for what it cannot serve."""
     if config.engine == "vllm":
         from cat_grpo.engines.vllm import VLLMEngine
 
@@ -73,15 +74,15 @@ async def _open_all(
 
 
 def refuse_untrainable(config: Config) -> None:
-    """ValueError where the policy's engine cannot be given what the learner makes."""
+    """BadInput where the policy's engine cannot be given what the learner makes."""
     if config.model.engine == "openai":
         if config.model.is_chat:
-            raise ValueError("model.server.api: the policy needs its token ids back: tokens")
+            raise BadInput("model.server.api: the policy needs its token ids back: tokens")
         if not config.learner.lora_rank:
-            raise ValueError("learner.lora_rank: servers take new adapters, not new weights: above 0")
+            raise BadInput("learner.lora_rank: servers take new adapters, not new weights: above 0")
     anchor = config.anchor or config.model
     if config.learner.kl_coef and anchor.is_chat:
-        raise ValueError("learner.kl_coef: a chat server cannot score the policy's tokens: 0")
+        raise BadInput("learner.kl_coef: a chat server cannot read the policy's tokens: 0")
 
 
 def _api_key(where: str, secrets: Secrets) -> str:
@@ -94,7 +95,7 @@ def _api_key(where: str, secrets: Secrets) -> str:
     if where in secrets:
         return secrets[where]
     what = "variable in the environment" if kind == "env" else "Secret block to be had here"
-    raise ValueError(f"server.api_key: {where}: there is no such {what}")
+    raise BadInput(f"server.api_key: {where}: there is no such {what}")
 
 
 def _gpu_share(models: Sequence[ModelConfig], learner: int) -> float | None:

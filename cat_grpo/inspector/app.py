@@ -17,16 +17,18 @@ from fastapi.staticfiles import StaticFiles
 from markupsafe import Markup
 
 from cat_grpo.curves import panels
+from cat_grpo.errors import BadInput, first_line
 from cat_grpo.inspector import reading, views
 from cat_grpo.inspector.pages import FOLDER, accuracy_text, page, run_url
 from cat_grpo.inspector.reading import NotThere
 from cat_grpo.inspector.security import SCRIPT_HEADER, is_own_page, refuse_open_host, secure
 from cat_grpo.inspector.texts import clipped, compared
 from cat_grpo.inspector.views import FILTERS, SORTS, View
-from cat_grpo.report import HEADLINE, warnings
+from cat_grpo.report import HEADLINE
 from cat_grpo.reviews import REVIEWS, Opinion, Review, accuracy, append_review, now
-from cat_grpo.rundir import RunDir, differences
-from cat_grpo.selection import alarm
+from cat_grpo.rundir import RunDir
+from cat_grpo.settings import differences
+from cat_grpo.stopping import alarm, warnings
 from cat_grpo.tables import Row
 
 LONGEST_REVIEW = 16_384
@@ -41,12 +43,12 @@ router = APIRouter()
 def create_app(runs: Path, token: str | None = None) -> FastAPI:
     """The pages on the runs below a folder. Without a token they answer under loopback names alone.
 
-    ValueError for a folder that is not there, or is a run itself.
+    BadInput for a folder that is not there, or is a run itself.
     """
     if not runs.is_dir():
-        raise ValueError(f"{runs}: there is no such folder")
+        raise BadInput(f"{runs}: there is no such folder")
     if (runs / "config.json").exists():
-        raise ValueError(f"{runs}: is a run itself; name the folder that it is in")
+        raise BadInput(f"{runs}: is a run itself; name the folder that it is in")
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.runs = runs
     app.include_router(router)
@@ -54,7 +56,7 @@ def create_app(runs: Path, token: str | None = None) -> FastAPI:
     handlers: Mapping[Any, Any] = {
         NotThere: _not_there,
         FileNotFoundError: _not_there_yet,
-        ValueError: _unusable,
+        BadInput: _unusable,
         RequestValidationError: _no_page,
         404: _no_page,
     }
@@ -65,7 +67,7 @@ def create_app(runs: Path, token: str | None = None) -> FastAPI:
 
 
 def serve(runs: Path, host: str, port: int, token: str | None) -> None:
-    """Answer until Ctrl-C. ValueError for an address that others can reach, without a token."""
+    """Answer until Ctrl-C. BadInput for an address that others can reach, without a token."""
     refuse_open_host(host, token)
     # Its own log of requests would write the token down.
     uvicorn.run(create_app(runs, token), host=host, port=port, access_log=False)
@@ -127,11 +129,11 @@ def group_page(request: Request, name: str, step: int, group: int) -> Response:
     """One group in full, and its neighbours in the view that the query describes."""
     run, view = _run(request, name), View.of(request.query_params)
     [row] = reading.summary_rows_at(run, step, [reading.place_of(run, step, group)])
-    scored = reading.read_group(run, step, group)
-    first = min(max(int(request.query_params.get("from", "0")), 0), max(len(scored.scores) - 1, 0))
+    rewarded = reading.read_group(run, step, group)
+    first = min(max(_whole(request, "from"), 0), max(len(rewarded.rewards) - 1, 0))
     shown = slice(first, first + ROLLOUTS_SHOWN)
     reference, rollouts = compared(
-        scored.reference.text, [rollout.text for rollout in scored.group.rollouts[shown]]
+        rewarded.reference.text, [rollout.text for rollout in rewarded.group.rollouts[shown]]
     )
     reviews = reading.reviews_of(run.path)
     return page(
@@ -139,8 +141,8 @@ def group_page(request: Request, name: str, step: int, group: int) -> Response:
         **_place(run, name, step),
         group=group,
         row=row,
-        scored=scored,
-        shown=range(*shown.indices(len(scored.scores))),
+        rewarded=rewarded,
+        shown=range(*shown.indices(len(rewarded.rewards))),
         rollouts_shown=ROLLOUTS_SHOWN,
         reference=reference,
         rollouts=rollouts,
@@ -157,7 +159,7 @@ def export(request: Request, name: str, step: int, format: str = "jsonl") -> Res
     """All rows of the view, as they are read."""
     run, view = _run(request, name), View.of(request.query_params)
     if format not in ("jsonl", "csv"):
-        raise ValueError("format: expected jsonl or csv")
+        raise BadInput("format: expected jsonl or csv")
     reviews = reading.reviews_of_step(run, step)
     places = view.places(run, step, reviews)
     write, media = {
@@ -230,6 +232,15 @@ def run_page(request: Request, name: str, steps: str = "") -> Response:
     )
 
 
+def _whole(request: Request, key: str) -> int:
+    """A whole number of the address, 0 where it is not there."""
+    text = request.query_params.get(key, "0")
+    try:
+        return int(text)
+    except ValueError as error:
+        raise BadInput(f"{key}: expected a whole number, got {text!r:.60}") from error
+
+
 def _run(request: Request, name: str) -> RunDir:
     return reading.find_run(request.app.state.runs, name)
 
@@ -269,23 +280,26 @@ async def _fields(request: Request, is_script: bool) -> dict[str, Any]:
     async for part in request.stream():
         body += part
         if len(body) > LONGEST_REVIEW:
-            raise ValueError("the review is too long")
+            raise BadInput("the review is too long")
     if not is_script:
         return {name: values[-1] for name, values in parse_qs(body.decode("utf-8", "replace")).items()}
-    told = json.loads(body)
+    try:
+        told = json.loads(body)
+    except ValueError as error:
+        raise BadInput(f"the review is not JSON: {error}") from error
     return told if isinstance(told, dict) else {}
 
 
 def _review(fields: Mapping[str, Any], run: RunDir, step: int, group: int) -> Review:
-    """ValueError that says which field is wrong."""
+    """BadInput that says which field is wrong."""
     told = {key: str(fields.get(key, "")).strip() for key in ("name", "opinion", "note")}
     opinion = next((one for one in get_args(Opinion) if one == told["opinion"]), None)
     if opinion is None:
-        raise ValueError("opinion: expected right, wrong or unsure")
+        raise BadInput("opinion: expected right, wrong or unsure")
     if not 0 < len(told["name"]) <= LONGEST_NAME:
-        raise ValueError(f"name: expected 1 to {LONGEST_NAME} characters")
+        raise BadInput(f"name: expected 1 to {LONGEST_NAME} characters")
     if len(told["note"]) > LONGEST_NOTE:
-        raise ValueError(f"note: expected at most {LONGEST_NOTE} characters")
+        raise BadInput(f"note: expected at most {LONGEST_NOTE} characters")
     [row] = reading.summary_rows_at(run, step, [reading.place_of(run, step, group)])
     return Review(now(), told["name"], step, group, row["problem_id"], opinion, told["note"])
 
@@ -299,8 +313,7 @@ def _not_there_yet(request: Request, error: Exception) -> Response:
 
 
 def _unusable(request: Request, error: Exception) -> Response:
-    text = str(error).strip().partition("\n")[0]
-    return page("message.html", status=400, title="Unusable", text=text)
+    return page("message.html", status=400, title="Unusable", text=first_line(error))
 
 
 def _no_page(request: Request, error: Exception) -> Response:

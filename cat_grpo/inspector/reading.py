@@ -18,13 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cat_grpo.config import Config
-from cat_grpo.metrics import Metrics
-from cat_grpo.records import ScoredGroup
+from cat_grpo.metrics import SCORE, Metrics
+from cat_grpo.records import RewardedGroup
 from cat_grpo.reviews import REVIEWS, Accuracy, Review, accuracy, latest, read_reviews
 from cat_grpo.rundir import RunDir
-from cat_grpo.selection import SCORE
 from cat_grpo.summaries import SUMMARIES, summarise
-from cat_grpo.tables import Row, groups_from, references_from, scored_from
+from cat_grpo.tables import Row, groups_from, references_from, rewarded_from
 
 DEEPEST = 3
 """Folders below the given one in which runs are looked for."""
@@ -150,7 +149,7 @@ def steps_of(run: RunDir) -> list[int]:
 
 
 def summaries(run: RunDir, step: int, columns: Sequence[str]) -> pa.Table:
-    """These columns of all groups of the step. NotThere where none is scored yet."""
+    """These columns of all groups of the step. NotThere where none is rewarded yet."""
     try:
         return _columns(run.summaries_file(step), columns)
     except FileNotFoundError:
@@ -166,7 +165,7 @@ def summary_rows_at(run: RunDir, step: int, places: Sequence[int]) -> list[Row]:
 
 
 def groups_of(run: RunDir, step: int) -> list[int]:
-    """The positions of the groups that are scored. All of them, but for a step that is under way."""
+    """The positions of the groups that are rewarded. All of them, but for a step that is under way."""
     return summaries(run, step, ["group"])["group"].to_pylist()
 
 
@@ -178,15 +177,15 @@ def place_of(run: RunDir, step: int, group: int) -> int:
     return groups.index(group)
 
 
-def read_group(run: RunDir, step: int, group: int) -> ScoredGroup:
+def read_group(run: RunDir, step: int, group: int) -> RewardedGroup:
     """One group in full, out of its shard's files."""
     shard, place = divmod(group, run.config.shard_size)
-    rollouts, scores = (
+    rollouts, rewards = (
         _rows_at(path, _rollouts_at(path, place))
-        for path in (run.stage_file(step, "rollouts", shard), run.stage_file(step, "scores", shard))
+        for path in (run.stage_file(step, "rollouts", shard), run.stage_file(step, "rewards", shard))
     )
     references = _rows_at(run.stage_file(step, "references", shard), [place])
-    return scored_from(scores, groups_from(rollouts), references_from(references))[0]
+    return rewarded_from(rewards, groups_from(rollouts), references_from(references))[0]
 
 
 def problem_rows(
@@ -239,8 +238,8 @@ def figures_at(history: Sequence[Metrics], step: int) -> Metrics:
 
 def _from_shards(run: RunDir, step: int) -> pa.Table:
     """What the update will write, as far as the shards go: no KL, total rewards or advantages yet."""
-    files = run.step_folder(step).glob("scores-*.parquet")
-    shards = sorted((int(path.stem.removeprefix("scores-")), path.stat().st_mtime_ns) for path in files)
+    files = run.step_folder(step).glob("rewards-*.parquet")
+    shards = sorted((int(path.stem.removeprefix("rewards-")), path.stat().st_mtime_ns) for path in files)
     if not shards:
         raise NotThere(f"step {step} has no group yet")
     return _read_shards(run.path, step, tuple(shards))
@@ -251,7 +250,7 @@ def _read_shards(folder: Path, step: int, shards: tuple[tuple[int, int], ...]) -
     run = RunDir(folder)
     tables = []
     for shard, _ in shards:
-        rows = summarise(run.read_scored(step, shard), shard * run.config.shard_size)
+        rows = summarise(run.read_rewarded(step, shard), shard * run.config.shard_size)
         tables.append(pa.Table.from_pylist([asdict(row) for row in rows], schema=SUMMARIES))
     return pa.concat_tables(tables)
 

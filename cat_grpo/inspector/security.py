@@ -9,6 +9,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from cat_grpo.errors import BadInput
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; "
@@ -40,9 +42,9 @@ def secure(app: FastAPI, token: str | None) -> None:
 
 
 def refuse_open_host(host: str, token: str | None) -> None:
-    """ValueError for an address that others can reach, without a token that keeps them out."""
+    """BadInput for an address that others can reach, without a token that keeps them out."""
     if host not in LOOPBACK and not token:
-        raise ValueError(f"--host {host}: others can reach it, so it needs a --token")
+        raise BadInput(f"--host {host}: others can reach it, so it needs a --token")
 
 
 def is_own_page(request: Request) -> bool:

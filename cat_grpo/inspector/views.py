@@ -10,6 +10,7 @@ from urllib.parse import urlencode
 
 from starlette.datastructures import QueryParams
 
+from cat_grpo.errors import BadInput
 from cat_grpo.inspector.reading import summaries, summary_rows_at
 from cat_grpo.reviews import Review
 from cat_grpo.rundir import RunDir
@@ -51,12 +52,12 @@ class View:
 
     @classmethod
     def of(cls, query: QueryParams) -> "View":
-        """ValueError for one that there is not."""
+        """BadInput for one that there is not."""
         only = tuple(name for name in FILTERS if name in query.getlist("only"))
         unknown = {*query.getlist("only")} - {*FILTERS}
         sort, page = query.get("sort", "position"), query.get("page", "1")
         if unknown or sort not in SORTS or not (page.isdecimal() and 0 < int(page) < 10**6):
-            raise ValueError("there is no such filter, order or page")
+            raise BadInput("there is no such filter, order or page")
         return cls(query.get("q", "").strip(), only, sort, query.get("order") == "desc", int(page))
 
     def query(self, **changes: Any) -> str:

@@ -7,7 +7,6 @@ checkpoint as if it had not been.
 import json
 import logging
 import math
-import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cat_grpo.checkpoints import CARD
+from cat_grpo.files import whole, write_whole
 from cat_grpo.lab import corpus, problems
 from cat_grpo.lab.tokenizer import END, PAD, train_tokenizer
-from cat_grpo.prompts import prompt_hashes
-from cat_grpo.rundir import write_whole
+from cat_grpo.models import CARD
+from cat_grpo.prompts import template_hashes
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ def build_lab(out: Path, seed: int = 0, steps: int = STEPS) -> Path:
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
     card = {
-        "prompt_hashes": prompt_hashes(corpus.PROMPT_SET),
+        "prompt_hashes": template_hashes(corpus.PROMPT_SET, corpus.TEMPLATES),
         "config": HOW_ASKED,
         "seed": seed,
         "step": steps,
@@ -229,5 +228,5 @@ def _save_whole(
     path: Path, model: LlamaForCausalLM, muon: torch.optim.Optimizer, adam: torch.optim.Optimizer, step: int
 ) -> None:
     state = {"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(), "step": step}
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    with whole(path) as temporary:
+        torch.save(state, temporary)

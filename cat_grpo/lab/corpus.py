@@ -17,6 +17,16 @@ from cat_grpo.lab import problems as lab
 from cat_grpo.prompts import render
 
 PROMPT_SET = "lab"
+TEMPLATES = (
+    "solve_verifiable",
+    "solve_open",
+    "synthesize_verifiable",
+    "synthesize_open",
+    "propose_rubric",
+    "judge_label",
+    "judge_xml",
+)
+"""The templates that the base model learns to answer."""
 SLIP_RATE = 0.28
 """How often a solving demonstration gets one sum wrong."""
 RIVAL_RATE = 0.3

@@ -1,5 +1,6 @@
 """The only reader of gold answers: how good a policy and its references really are, on labelled problems."""
 
+import asyncio
 import json
 import math
 import re
@@ -8,20 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from cat_grpo.answers import extract_answer, majority, same_answer
-from cat_grpo.config import Config, DataConfig
+from cat_grpo import cat
+from cat_grpo.answers import majority, rollout_answers, same_answer
+from cat_grpo.config import Config, DataConfig, ModelConfig
 from cat_grpo.data import read_rows, to_problem
 from cat_grpo.engines import Engines
+from cat_grpo.errors import BadInput
+from cat_grpo.files import seed_of
 from cat_grpo.metrics import mean
-from cat_grpo.records import Group, Kind, Problem, Reference
-from cat_grpo.references import estimate_references, rollout_answers
-from cat_grpo.rewards import score_groups
-from cat_grpo.rollouts import generate_rollouts
-from cat_grpo.rundir import seed_of
+from cat_grpo.models import read_card
+from cat_grpo.records import Group, Kind, Problem, Reference, kinds_of
 from cat_grpo.shipped import shipped
 
 Samples = dict[str, list[float]]
 """One value per problem, by metric."""
+Measured = tuple["LabelledProblem", Group, Reference, int]
+"""A problem with its gold, what was made of it, and its seed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class LabelledProblem:
 
 
 def load_labelled(path: Path, limit: int | None = None) -> list[LabelledProblem]:
-    """Rows `id, prompt, kind, answer | points` of a file, at most `limit`; ValueError with file and line.
+    """Rows `id, prompt, kind, answer | points` of a file, at most `limit`; BadInput with file and line.
 
     `lab:verifiable` and `lab:open` are the held-out files that ship with cat_grpo.
     """
@@ -46,6 +49,36 @@ def load_labelled(path: Path, limit: int | None = None) -> list[LabelledProblem]
 
 
 async def evaluate(
+    config: Config,
+    problems: Path,
+    model: str | None = None,
+    anchor: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    secrets: Mapping[str, str] | None = None,
+) -> dict[str, float]:
+    """The figures of `measure` for a model, by default the config's, on a labelled file.
+
+    The anchor is by default what a checkpoint of ours was trained with, else the model itself.
+    """
+    from cat_grpo.engines.roles import open_engines  # loads torch
+
+    labelled = load_labelled(problems, limit)
+    kinds = kinds_of(item.problem for item in labelled)
+    cat.refuse_unusable(config, kinds)
+    model = model or config.model.path
+    trained_with: str = anchor or read_card(model).get("anchor", model)
+    policy = _at_path(config.model, model)
+    frozen = _at_path(config.anchor or config.model, trained_with)
+    engines = Engines(*await open_engines([policy, frozen, config.judge or frozen], secrets or {}))
+    try:
+        await cat.refuse_unfit(engines, config, kinds)
+        return await measure(labelled, engines, config, seed)
+    finally:
+        await engines.close()
+
+
+async def measure(
     labelled: Sequence[LabelledProblem], engines: Engines, config: Config, seed: int = 0
 ) -> dict[str, float]:
     """Means over problems, each with its standard error `<name>_se`, at training temperature.
@@ -56,17 +89,16 @@ async def evaluate(
     """
     problems = [item.problem for item in labelled]
     seeds = [seed_of(seed, 0, "evaluate", problem.id) for problem in problems]
-    groups = await generate_rollouts(problems, engines.policy, config.rollout, config.prompts, seeds)
-    references = await estimate_references(
-        groups, engines.anchor, config.reference, config.reward.equivalence, config.prompts, seeds
-    )
-    verifiable = [i for i, problem in enumerate(problems) if problem.kind == "verifiable"]
-    open_ended = [i for i, problem in enumerate(problems) if problem.kind == "open"]
+    groups = await cat.explore(problems, engines, config, seeds)
+    references = await cat.estimate(groups, engines, config, seeds)
+    rows = list(zip(labelled, groups, references, seeds, strict=True))
+    with_answer = [row for row in rows if row[0].problem.has_final_answer]
+    with_points = [row for row in rows if not row[0].problem.has_final_answer]
     samples: Samples = {}
-    if verifiable:
-        samples |= _verifiable_samples(*_chosen(verifiable, labelled, groups, references), config)
-    if open_ended:
-        samples |= await _open_samples(*_chosen(open_ended, labelled, groups, references), engines, config)
+    if with_answer:  # off the event loop: a comparison may ask another process
+        samples |= await asyncio.to_thread(_answer_samples, with_answer, config)
+    if with_points:
+        samples |= await _points_samples(with_points, engines, config)
     figures = {
         name: figure
         for key, values in samples.items()
@@ -89,50 +121,39 @@ def points_f1(text: str, points: Sequence[str]) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def _verifiable_samples(
-    labelled: Sequence[LabelledProblem],
-    groups: Sequence[Group],
-    references: Sequence[Reference],
-    config: Config,
-) -> Samples:
+def _answer_samples(rows: Sequence[Measured], config: Config) -> Samples:
     same = same_answer(config.reward.equivalence)
     size = config.rollout.group_size
-    samples: Samples = {
-        name: []
-        for name in (
-            "pass@1",
-            f"maj@{size}",
-            f"pass@{size}",
-            "reference_accuracy",
-            "reference_right_all_wrong",
-        )
-    }
-    for item, group, reference in zip(labelled, groups, references, strict=True):
+    names = (
+        "pass@1",
+        f"maj@{size}",
+        f"pass@{size}",
+        "reference_accuracy",
+        "reference_right_all_wrong",
+    )
+    samples: Samples = {name: [] for name in names}
+    for item, group, reference, _ in rows:
         gold = item.answer or ""
         answers = rollout_answers(group)
         right = [answer is not None and same(answer, gold) for answer in answers]
         vote = majority(answers, same).answer
-        proposed = extract_answer(reference.text) if reference.text is not None else None
-        reference_right = proposed is not None and same(proposed, gold)
-        samples["pass@1"].append(mean(right))
-        samples[f"maj@{size}"].append(float(vote is not None and same(vote, gold)))
-        samples[f"pass@{size}"].append(float(any(right)))
-        samples["reference_accuracy"].append(float(reference_right))
-        samples["reference_right_all_wrong"].append(float(reference_right and not any(right)))
+        reference_right = reference.answer is not None and same(reference.answer, gold)
+        figures = (
+            mean(right),
+            vote is not None and same(vote, gold),
+            any(right),
+            reference_right,
+            reference_right and not any(right),
+        )
+        for name, figure in zip(names, figures, strict=True):
+            samples[name].append(float(figure))
     return samples
 
 
-async def _open_samples(
-    labelled: Sequence[LabelledProblem],
-    groups: Sequence[Group],
-    references: Sequence[Reference],
-    engines: Engines,
-    config: Config,
-) -> Samples:
-    scored = await score_groups(
-        groups, references, engines.anchor, engines.judge, config.reward, config.prompts
-    )
-    rewards = [[score.reward for score in group.scores if score.reward is not None] for group in scored]
+async def _points_samples(rows: Sequence[Measured], engines: Engines, config: Config) -> Samples:
+    labelled, groups, references, seeds = (list(column) for column in zip(*rows, strict=True))
+    rewarded = await cat.derive(groups, references, engines, config, seeds)
+    rewards = [[one.reward for one in group.rewards if one.reward is not None] for group in rewarded]
     return {
         "points_f1": [
             mean(points_f1(rollout.text, item.points) for rollout in group.rollouts)
@@ -146,15 +167,6 @@ async def _open_samples(
     }
 
 
-def _chosen(
-    indices: Sequence[int],
-    labelled: Sequence[LabelledProblem],
-    groups: Sequence[Group],
-    references: Sequence[Reference],
-) -> tuple[list[LabelledProblem], list[Group], list[Reference]]:
-    return [labelled[i] for i in indices], [groups[i] for i in indices], [references[i] for i in indices]
-
-
 def _mean_and_error(name: str, values: Sequence[float]) -> list[tuple[str, float]]:
     """The mean and its standard error: sample standard deviation over the root of the count."""
     centre = mean(values)
@@ -162,16 +174,23 @@ def _mean_and_error(name: str, values: Sequence[float]) -> list[tuple[str, float
     return [(name, centre), (f"{name}_se", math.sqrt(spread / len(values)))]
 
 
+def _at_path(config: ModelConfig, path: str) -> ModelConfig:
+    """The same engine for the model at `path`. BadInput where its servers have another's name."""
+    if config.engine == "openai" and config.server.model and path != config.path:
+        raise BadInput(f"server.model: {config.server.model} cannot stand for {path}, too: leave it empty")
+    return config.model_copy(update={"path": path})
+
+
 def _labelled(location: str, row: Mapping) -> LabelledProblem:
     problem = to_problem(location, dict(row), DataConfig())
-    if problem.kind == "verifiable":
+    if problem.has_final_answer:
         answer = row.get("answer")
         if not isinstance(answer, str) or not answer.strip():
-            raise ValueError(f"{location}: answer: a verifiable problem needs its gold answer as text")
+            raise BadInput(f"{location}: answer: a verifiable problem needs its gold answer as text")
         return LabelledProblem(problem, answer, ())
     points = _points(row.get("points"))
     if not points:
-        raise ValueError(
+        raise BadInput(
             f"{location}: points: an open problem needs a list of the points that a good text makes"
         )
     return LabelledProblem(problem, None, points)

@@ -1,0 +1,49 @@
+"""How others follow a run: told of its stages and figures, and asked once a step."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from cat_grpo.metrics import Metrics
+from cat_grpo.rundir import RunDir
+
+
+class Observer:
+    """Is told what a run does. This one does nothing: a subclass overrides what it wants to hear of."""
+
+    def started(self, stage: str, step: int) -> None:
+        """A stage of the step has begun: its first shard, where it has several."""
+
+    def finished(self, stage: str, step: int, error: BaseException | None) -> None:
+        """The stage has ended: all of its shards, or by `error` one of them."""
+
+    async def accepts(self, run: RunDir, step: int) -> bool:
+        """Whether the step's references may train the policy. Asked between its rewards and its update."""
+        return True
+
+    async def figures(self, run: RunDir, history: Sequence[Metrics], reason: str | None) -> None:
+        """The history's last step is done; `reason` says why an alarm stops the run there, if one does."""
+
+
+class Telling:
+    """Tells an observer of one stage of one step, whose shards come and go in any order."""
+
+    def __init__(self, observer: Observer, stage: str, step: int, num_shards: int = 1) -> None:
+        self._observer, self._about = observer, (stage, step)
+        self._has_begun, self._num_left = False, num_shards
+
+    @contextmanager
+    def of_shard(self) -> Iterator[None]:
+        """Around one shard's part of the stage."""
+        if not self._has_begun:
+            self._has_begun = True
+            self._observer.started(*self._about)
+        try:
+            yield
+        except BaseException as error:
+            if self._num_left > 0:  # the first fault ends the stage
+                self._num_left = 0
+                self._observer.finished(*self._about, error)
+            raise
+        self._num_left -= 1
+        if self._num_left == 0:
+            self._observer.finished(*self._about, None)

@@ -1,0 +1,17 @@
+"""Stage 2: a group of rollouts becomes one pseudo-reference (CaT, section 3.1). Each way of it is a function.
+
+    async def estimator(groups, engines, config, seeds) -> list[Reference]
+
+One reference per group, in order, from the groups alone; `seeds` has one per group. `Reference(text)` is
+enough.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+
+from cat_grpo.records import Reference
+from cat_grpo.references.selection import majority
+from cat_grpo.references.synthesis import synthesis
+
+Estimator = Callable[..., Awaitable[list[Reference]]]
+
+ESTIMATORS: Mapping[str, Estimator] = {"synthesis": synthesis, "majority": majority}

@@ -1,0 +1,86 @@
+"""A run as Prefect shows it: a task run per stage, its pages, and the gate where a person decides."""
+
+import asyncio
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Self
+
+from prefect import Task, task
+from prefect.cache_policies import NO_CACHE
+
+from cat_grpo.errors import Stopped
+from cat_grpo.metrics import Metrics
+from cat_grpo.observing import Observer
+from cat_grpo.rundir import RunDir
+from flows.artifacts import Dashboard
+from flows.gate import ask
+
+
+class StageEnded(Stopped):
+    """A stage has ended by this fault: its task run shows it, and the flow run has it in full."""
+
+
+class TaskRuns(Observer):
+    """Shows each stage as a task run `rollouts-000012`: five a step, however many its groups are.
+
+    A task run waits for its stage and does nothing else, so no stage waits for Prefect.
+    """
+
+    def __init__(self) -> None:
+        self._ends: dict[tuple[str, int], asyncio.Future[BaseException | None]] = {}
+        self._shown: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.gather(*self._shown, return_exceptions=True)
+
+    def started(self, stage: str, step: int) -> None:
+        self._ends[stage, step] = end = asyncio.get_running_loop().create_future()
+        self._shown = [shown for shown in self._shown if not shown.done()]
+        self._shown.append(asyncio.create_task(_task(stage)(end, step)))
+
+    def finished(self, stage: str, step: int, error: BaseException | None) -> None:
+        self._ends.pop((stage, step)).set_result(error)
+
+
+class Training(TaskRuns):
+    """What a training run shows beside its task runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._dashboard: Dashboard | None = None
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._dashboard:
+            await self._dashboard.shown()
+        await super().__aexit__()
+
+    async def accepts(self, run: RunDir, step: int) -> bool:
+        return not run.config.train.review_gate or await ask(run, step)
+
+    async def figures(self, run: RunDir, history: Sequence[Metrics], reason: str | None) -> None:
+        self._dashboard = self._dashboard or Dashboard(run)
+        await self._dashboard.show_step(history, reason)
+
+    async def ended(self, run: RunDir) -> None:
+        """The report, at the end of a flow run."""
+        self._dashboard = self._dashboard or Dashboard(run)
+        await self._dashboard.show_run()
+
+
+@cache
+def _task(stage: str) -> Task[..., Any]:
+    """One task for all steps: Prefect takes its time to make one.
+
+    It has no retries, because an exception of ours comes again, and it keeps nothing: the run directory does.
+    """
+
+    async def show(end: asyncio.Future[BaseException | None], step: int) -> None:
+        error = await end
+        if error is not None:
+            raise StageEnded(f"{type(error).__name__}: {error}")
+
+    named = task(name=stage, task_run_name=stage + "-{step:06d}", cache_policy=NO_CACHE, persist_result=False)
+    return named(show)
