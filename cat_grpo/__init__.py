@@ -12,12 +12,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cat_grpo.answers import extract_answer
     from cat_grpo.config import Config
-    from cat_grpo.equivalence import equivalent
-    from cat_grpo.grpo import group_advantages
+    from cat_grpo.learner.grpo import group_advantages
     from cat_grpo.library import evaluate, synthesize, train
-    from cat_grpo.rewards.parsing import parse_rubric
+    from cat_grpo.method.answers import extract_answer
+    from cat_grpo.method.equivalence import equivalent
+    from cat_grpo.method.rewards.parsing import parse_rubric
     from cat_grpo.settings import load_config
 
 __version__ = "0.1.0"
@@ -36,12 +36,12 @@ __all__ = [
 
 _HOMES = {
     "Config": "config",
-    "equivalent": "equivalence",
+    "equivalent": "method.equivalence",
     "evaluate": "library",
-    "extract_answer": "answers",
-    "group_advantages": "grpo",
+    "extract_answer": "method.answers",
+    "group_advantages": "learner.grpo",
     "load_config": "settings",
-    "parse_rubric": "rewards.parsing",
+    "parse_rubric": "method.rewards.parsing",
     "synthesize": "library",
     "train": "library",
 }

@@ -50,7 +50,7 @@ def demo(
 ) -> None:
     """Train both families of the lab without labels; show what held-out answers say before and after."""
     with _progress("demo"):
-        from cat_grpo.report import summary_table
+        from cat_grpo.report.pages import summary_table
         from flows.demo import demo as demo_flow
 
         summary = asyncio.run(demo_flow(seed=seed, out=str(out)))
@@ -140,7 +140,7 @@ def export(
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option()] = "bfloat16",
 ) -> None:
     """Write a run's checkpoint as a plain model folder, without the optimizer."""
-    from cat_grpo.checkpoints import export_model
+    from cat_grpo.run.checkpoints import export_model
 
     typer.echo(f"Wrote {export_model(run / 'checkpoints' / checkpoint, out, dtype)}")
 
@@ -226,7 +226,7 @@ def _config_for_model(model: str, preset: str | None, file: Path | None, overrid
 
 def _check_training(config: Any, run: Path) -> None:
     from cat_grpo.engines.roles import refuse_untrainable
-    from cat_grpo.rundir import refuse_other_settings
+    from cat_grpo.run.rundir import refuse_other_settings
 
     if config.train.review_gate:
         from flows.gate import refuse_unseen
@@ -243,7 +243,7 @@ def _check_training(config: Any, run: Path) -> None:
 
 
 def _check_synthesis(config: Any, out: Path) -> None:
-    from cat_grpo.synthesize import refuse_suffix
+    from cat_grpo.run.synthesize import refuse_suffix
 
     refuse_suffix(out)
     _check_problems(config)
@@ -251,8 +251,8 @@ def _check_synthesis(config: Any, out: Path) -> None:
 
 
 def _check_evaluation(config: Any, problems: Path, model: str, anchor: str | None) -> None:
-    from cat_grpo.cat import refuse_unusable
     from cat_grpo.evaluation import load_labelled
+    from cat_grpo.method.cat import refuse_unusable
     from cat_grpo.records import kinds_of
 
     refuse_unusable(config, kinds_of(item.problem for item in load_labelled(problems)))
@@ -260,8 +260,8 @@ def _check_evaluation(config: Any, problems: Path, model: str, anchor: str | Non
 
 
 def _check_problems(config: Any) -> Any:
-    from cat_grpo.cat import refuse_unusable
     from cat_grpo.data import load_problems
+    from cat_grpo.method.cat import refuse_unusable
     from cat_grpo.records import kinds_of
 
     problems = load_problems(config.data)

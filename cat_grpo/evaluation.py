@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from cat_grpo import cat
-from cat_grpo.answers import majority, rollout_answers, same_answer
 from cat_grpo.config import Config, DataConfig, ModelConfig
 from cat_grpo.data import read_rows, to_problem
 from cat_grpo.engines import Engines
 from cat_grpo.errors import BadInput
 from cat_grpo.files import seed_of
+from cat_grpo.method import cat
+from cat_grpo.method.answers import majority, rollout_answers, same_answer
 from cat_grpo.metrics import mean
 from cat_grpo.models import read_card
 from cat_grpo.records import Group, Kind, Problem, Reference, kinds_of

@@ -10,8 +10,8 @@ from cat_grpo import evaluation
 from cat_grpo.config import Config
 
 if TYPE_CHECKING:
-    from cat_grpo.observing import Observer
-    from cat_grpo.rundir import RunDir
+    from cat_grpo.run.observing import Observer
+    from cat_grpo.run.rundir import RunDir
 
 T = TypeVar("T")
 
@@ -21,14 +21,14 @@ def train(config: Config, run_dir: str | Path, observer: "Observer | None" = Non
 
     BadInput for what cannot be used, Stopped where the run cannot continue.
     """
-    from cat_grpo.train import train
+    from cat_grpo.run.train import train
 
     return _finished(train(config, Path(run_dir), observer))
 
 
 def synthesize(config: Config, out: str | Path) -> list[dict[str, Any]]:
     """Writes a reference per problem of the config's data to a .jsonl or .parquet file; returns its rows."""
-    from cat_grpo.synthesize import synthesize
+    from cat_grpo.run.synthesize import synthesize
 
     return _finished(synthesize(config, Path(out)))
 

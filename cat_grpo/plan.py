@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cat_grpo.config import Config
+from cat_grpo.method.rewards.judge import VERDICT_MAX_TOKENS
 from cat_grpo.records import Problem
-from cat_grpo.rewards.judge import VERDICT_MAX_TOKENS
 
 
 @dataclass(frozen=True, slots=True)

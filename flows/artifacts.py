@@ -24,12 +24,12 @@ from prefect.artifacts import (
 from prefect.events import emit_event
 from prefect.exceptions import PrefectException
 
-from cat_grpo.curves import picture
 from cat_grpo.metrics import SCORE, Metrics
-from cat_grpo.report import MAX_ROWS, reference_rows, run_markdown, step_markdown
-from cat_grpo.reviews import REVIEWS, accuracy, read_reviews
-from cat_grpo.rundir import RunDir
-from cat_grpo.stopping import alarm, warnings
+from cat_grpo.report.curves import picture
+from cat_grpo.report.pages import MAX_ROWS, reference_rows, run_markdown, step_markdown
+from cat_grpo.report.reviews import REVIEWS, accuracy, read_reviews
+from cat_grpo.run.rundir import RunDir
+from cat_grpo.run.stopping import alarm, warnings
 
 log = logging.getLogger(__name__)
 

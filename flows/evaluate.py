@@ -7,7 +7,7 @@ from prefect.artifacts import acreate_markdown_artifact
 
 from cat_grpo.config import Config
 from cat_grpo.evaluation import evaluate as evaluate_model
-from cat_grpo.report import figures_table
+from cat_grpo.report.pages import figures_table
 from flows.artifacts import artifact_key, publish
 from flows.secrets import read_secrets
 

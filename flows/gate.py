@@ -10,8 +10,8 @@ from pydantic import Field
 
 from cat_grpo.config import TrainConfig
 from cat_grpo.errors import BadInput
-from cat_grpo.report import gate_markdown
-from cat_grpo.rundir import RunDir
+from cat_grpo.report.pages import gate_markdown
+from cat_grpo.run.rundir import RunDir
 from flows.artifacts import inspector_link
 
 log = logging.getLogger(__name__)

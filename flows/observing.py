@@ -10,8 +10,8 @@ from prefect.cache_policies import NO_CACHE
 
 from cat_grpo.errors import Stopped
 from cat_grpo.metrics import Metrics
-from cat_grpo.observing import Observer
-from cat_grpo.rundir import RunDir
+from cat_grpo.run.observing import Observer
+from cat_grpo.run.rundir import RunDir
 from flows.artifacts import Dashboard
 from flows.gate import ask
 

@@ -6,8 +6,8 @@ from prefect import flow
 from prefect.artifacts import acreate_table_artifact
 
 from cat_grpo.config import Config
-from cat_grpo.report import table_rows
-from cat_grpo.synthesize import synthesize as synthesize_file
+from cat_grpo.report.pages import table_rows
+from cat_grpo.run.synthesize import synthesize as synthesize_file
 from flows.artifacts import artifact_key, publish
 from flows.observing import TaskRuns
 from flows.secrets import read_secrets

@@ -5,7 +5,7 @@ from pathlib import Path
 from prefect import flow
 
 from cat_grpo.config import Config
-from cat_grpo.train import train as train_run
+from cat_grpo.run.train import train as train_run
 from flows.gate import refuse_unseen
 from flows.observing import Training
 from flows.secrets import read_secrets

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from cat_grpo.engines import Sampling
 from cat_grpo.lab.corpus import draw_size, judge_label
 from cat_grpo.lab.problems import care_question, sums_question
-from cat_grpo.prompts import render
+from cat_grpo.method.prompts import render
 from cat_grpo.records import Completion, Generation, Messages
 
 SUMS = [

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import psutil
 
-from cat_grpo.rundir import RunDir
+from cat_grpo.run.rundir import RunDir
 
 PATIENCE_S = 180
 ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cat_grpo.presets import load_config
+from cat_grpo.settings import load_config
 from cat_grpo.records import Completion, Group, Problem, Reference, RolloutScore, Rubric, ScoredGroup, Verdict
-from cat_grpo.rundir import RunDir
-from cat_grpo.summaries import summarise_update
+from cat_grpo.run.rundir import RunDir
+from cat_grpo.report.summaries import summarise_update
 
 GROUP_SIZE, SHARD_SIZE = 4, 2
 HOSTILE = (

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cat_grpo import answers
-from cat_grpo.answers import (
+from cat_grpo.method.answers import (
     Vote,
     clusters,
     equal_text,

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from cat_grpo import attention
-from cat_grpo.attention import packed
-from cat_grpo.batches import TrainingRow, micro_batches
+from cat_grpo.learner.attention import packed
+from cat_grpo.learner.batches import TrainingRow, micro_batches
 
 VOCAB = 23
 SIZES = {

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cat_grpo.batches import (
+from cat_grpo.learner.batches import (
     Batch,
     MicroBatch,
     TrainingRow,

@@ -18,8 +18,8 @@ import pytest
 
 from cat_grpo import cli
 from cat_grpo.config import Config
-from cat_grpo.presets import load_config
-from cat_grpo.rundir import RunDir
+from cat_grpo.settings import load_config
+from cat_grpo.run.rundir import RunDir
 
 ROOT = Path(__file__).parent.parent
 SUM = {"id": "a", "kind": "verifiable", "prompt": "1 + 1?"}
@@ -264,7 +264,7 @@ def test_a_bug_of_ours_keeps_its_traceback(cat_grpo, monkeypatch, tmp_path):
     def broken(*_, **__):
         raise TypeError("a bug")
 
-    monkeypatch.setattr("cat_grpo.presets.load_config", broken)
+    monkeypatch.setattr("cat_grpo.settings.load_config", broken)
     with pytest.raises(TypeError, match="a bug"):
         cat_grpo(*training(tmp_path))
 
@@ -273,7 +273,7 @@ def test_a_run_that_stopped_by_itself_is_exit_code_1(cat_grpo, monkeypatch, tmp_
     def diverged(*_, **__):
         raise ArithmeticError("step 3: the loss is nan\nand a second line")
 
-    monkeypatch.setattr("cat_grpo.presets.load_config", diverged)
+    monkeypatch.setattr("cat_grpo.settings.load_config", diverged)
     said = cat_grpo(*training(tmp_path))
     assert said.code == 1
     assert said.err.startswith("cat-grpo: stopped: step 3: the loss is nan")

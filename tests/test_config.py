@@ -7,8 +7,8 @@ import pytest
 from pydantic import BaseModel
 
 from cat_grpo.config import Config
-from cat_grpo.presets import load_config, preset_names
-from cat_grpo.prompts import set_folder
+from cat_grpo.settings import load_config, preset_names
+from cat_grpo.method.prompts import set_folder
 
 
 def at(config: BaseModel, key: str) -> Any:

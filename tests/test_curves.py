@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from cat_grpo.curves import MAX_PICTURE_BYTES, PANELS, panels, picture
+from cat_grpo.report.curves import MAX_PICTURE_BYTES, PANELS, panels, picture
 
 NAMES = [name for curves in PANELS.values() for name in curves.values()]
 

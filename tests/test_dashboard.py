@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from browsing import MARKS, a_page
-from cat_grpo.reviews import REVIEWS, read_reviews
-from cat_grpo.rundir import RunDir
+from cat_grpo.report.reviews import REVIEWS, read_reviews
+from cat_grpo.run.rundir import RunDir
 from dashboard import ENDED, Served, num_steps, small_config, until
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -18,8 +18,8 @@ from cat_grpo.config import Config, DataConfig
 from cat_grpo.data import load_problems
 from cat_grpo.engines import Engines, Sampling
 from cat_grpo.engines.scripted import ScriptedEngine
-from cat_grpo.evaluate import LabelledProblem, evaluate, load_labelled, points_f1
-from cat_grpo.presets import load_config
+from cat_grpo.evaluation import LabelledProblem, evaluate, load_labelled, points_f1
+from cat_grpo.settings import load_config
 from cat_grpo.records import Generation, Group, Messages, Problem
 from cat_grpo.shipped import shipped
 

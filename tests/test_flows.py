@@ -19,16 +19,16 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import State
 from prefect.testing.utilities import prefect_test_harness
 
-import cat_grpo.step
+import cat_grpo.run.step
 import flows.artifacts
 import flows.synthesize
 from cat_grpo.config import BudgetConfig, Config, ModelConfig, ServerConfig
-from cat_grpo.order import Change, read_changes
-from cat_grpo.presets import load_config
+from cat_grpo.run.order import Change, read_changes
+from cat_grpo.settings import load_config
 from cat_grpo.records import Problem
-from cat_grpo.reviews import REVIEWS, Review, append_review, now
-from cat_grpo.rundir import RunDir
-from cat_grpo.tables import Row
+from cat_grpo.report.reviews import REVIEWS, Review, append_review, now
+from cat_grpo.run.rundir import RunDir
+from cat_grpo.run.tables import Row
 from flows.artifacts import artifact_key, inspector_link
 from flows.demo import make_room
 from flows.evaluate import evaluate
@@ -131,7 +131,7 @@ async def test_a_failing_stage_fails_the_run_and_leaves_nothing_half_made(
     async def fail(*_: object) -> None:
         raise ArithmeticError("the loss is nan")
 
-    monkeypatch.setattr(cat_grpo.step, "score_groups", fail)
+    monkeypatch.setattr(cat_grpo.run.step, "score_groups", fail)
     state = await train(tiny(), str(tmp_path / "run"), return_state=True)
     assert state.is_failed()
     assert state.message and state.message.endswith("ArithmeticError: the loss is nan")

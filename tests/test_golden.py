@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from cat_grpo.lab.problems import labelled_rows, unlabelled, write_problems
-from cat_grpo.opening import open_loop
-from cat_grpo.presets import load_config
+from cat_grpo.run.opening import open_loop
+from cat_grpo.settings import load_config
 from cat_grpo.shipped import shipped
-from cat_grpo.step import train_step
+from cat_grpo.run.step import train_step
 
 GOLDEN = Path(__file__).with_name("golden.json")
 FIGURES = ("reward/mean", "policy/loss", "policy/grad_norm", "policy/entropy")

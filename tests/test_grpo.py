@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from cat_grpo.grpo import (
+from cat_grpo.learner.grpo import (
     cispo_surrogate,
     clipped_surrogate,
     constant_weights,

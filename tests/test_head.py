@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cat_grpo.grpo import clipped_surrogate, sequence_ratio, token_entropy, token_logprobs, token_ratio
-from cat_grpo.head import head_logprobs, head_loss
+from cat_grpo.learner.grpo import clipped_surrogate, sequence_ratio, token_entropy, token_logprobs, token_ratio
+from cat_grpo.learner.lm_head import head_logprobs, head_loss
 
 N, H, V, TEMPERATURE = 13, 6, 29, 0.7
 

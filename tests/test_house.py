@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from cat_grpo.prompts import set_folder
+from cat_grpo.method.prompts import set_folder
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cat_grpo"
 
 HEAVY = {"torch", "transformers", "prefect", "datasets", "pandas", "math_verify"}
-LIGHT_ROOMS = ("cat_grpo", "cat_grpo.config", "cat_grpo.records", "cat_grpo.prompts", "cat_grpo.cli")
-TEXT_STAGES = ("cat_grpo.rollouts", "cat_grpo.references", "cat_grpo.rubrics", "cat_grpo.rewards")
+LIGHT_ROOMS = ("cat_grpo", "cat_grpo.config", "cat_grpo.records", "cat_grpo.method.prompts", "cat_grpo.cli")
+TEXT_STAGES = ("cat_grpo.method.rollouts", "cat_grpo.method.references", "cat_grpo.method.rewards.rubric", "cat_grpo.method.rewards")
 ROOMS = {
     "aiolimiter": {"engines.pool"},
     "datasets": {"data"},
@@ -117,7 +117,7 @@ def test_stages_that_handle_text_load_no_torch(module: str):
 
 
 def test_the_mathematics_needs_torch_alone():
-    assert not loaded_after("import cat_grpo.grpo") & {"transformers", "pydantic", "pandas", "prefect"}
+    assert not loaded_after("import cat_grpo.learner.grpo") & {"transformers", "pydantic", "pandas", "prefect"}
 
 
 def test_the_learner_and_its_benchmarks_run_on_a_bare_gpu_machine():
@@ -127,7 +127,7 @@ def test_the_learner_and_its_benchmarks_run_on_a_bare_gpu_machine():
 import sys
 sys.modules.update(dict.fromkeys({missing}))
 sys.path.append("tests/benchmarks")
-import cat_grpo.learner, tests.benchmarks.update, tests.benchmarks.loss_head
+import cat_grpo.learner.learner, tests.benchmarks.update, tests.benchmarks.loss_head
 """)
 
 

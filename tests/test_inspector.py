@@ -23,9 +23,9 @@ from cat_grpo.inspector.reading import NotThere, _rows_at, find_run, read_group,
 from cat_grpo.inspector.security import LOOPBACK, refuse_open_host
 from cat_grpo.inspector.texts import MOST_WORDS, _built, clipped, compared, rendered
 from cat_grpo.inspector.views import FILTERS, SORTS, View
-from cat_grpo.reviews import REVIEWS, read_reviews
-from cat_grpo.rundir import RunDir, differences
-from cat_grpo.tables import ROW_GROUP
+from cat_grpo.report.reviews import REVIEWS, read_reviews
+from cat_grpo.run.rundir import RunDir, differences
+from cat_grpo.run.tables import ROW_GROUP
 from inspecting import (
     FORMULAS,
     HOSTILE,

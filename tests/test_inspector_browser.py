@@ -13,7 +13,7 @@ import uvicorn
 
 from browsing import MARKS, PATIENCE_S, a_page
 from cat_grpo.inspector.app import create_app
-from cat_grpo.reviews import REVIEWS, read_reviews
+from cat_grpo.report.reviews import REVIEWS, read_reviews
 from inspecting import HOSTILE_NAME, hostile_groups, make_run, plain_groups
 
 pytestmark = MARKS

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from cat_grpo.answers import extract_answer
-from cat_grpo.evaluate import load_labelled
+from cat_grpo.method.answers import extract_answer
+from cat_grpo.evaluation import load_labelled
 from cat_grpo.lab import corpus, problems
-from cat_grpo.presets import load_config
-from cat_grpo.prompts import prompt_hashes, render
-from cat_grpo.rubrics import parse_rubric, parse_verdict
+from cat_grpo.settings import load_config
+from cat_grpo.method.prompts import prompt_hashes, render
+from cat_grpo.method.rewards.rubric import parse_rubric, parse_verdict
 from cat_grpo.shipped import shipped
 
 KINDS = ("verifiable", "open")
@@ -344,7 +344,7 @@ def test_every_prompt_goes_through_the_templates_of_the_product(job):
 
 
 def test_every_template_is_taught():
-    from cat_grpo.prompts import TEMPLATES
+    from cat_grpo.method.prompts import TEMPLATES
 
     assert {job.__name__ for job in corpus.JOBS} >= set(TEMPLATES)
 

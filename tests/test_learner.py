@@ -24,12 +24,12 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from cat_grpo.activations import kept_bytes
-from cat_grpo.attention import packed
-from cat_grpo.batches import Batch, TrainingRow, micro_batches
+from cat_grpo.learner.checkpointing import kept_bytes
+from cat_grpo.learner.attention import packed
+from cat_grpo.learner.batches import Batch, TrainingRow, micro_batches
 from cat_grpo.config import LearnerConfig
-from cat_grpo.head import head_bytes
-from cat_grpo.learner import Learner, NotFiniteError, set_aside
+from cat_grpo.learner.lm_head import head_bytes
+from cat_grpo.learner.learner import Learner, NotFiniteError, set_aside
 
 VOCAB, TEMPERATURE = 23, 0.7
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.2}
@@ -476,7 +476,7 @@ def test_gradient_checkpointing_comes_on_when_a_micro_batch_does_not_fit(spare, 
         activations = kept_bytes(model, lambda: learner._hidden(chunk))
     trained = sum(weight.numel() for weight in model.parameters())
     needed = activations + head_bytes(model.lm_head.weight) + 12 * trained
-    monkeypatch.setattr("cat_grpo.learner.free_bytes", lambda device: spare * needed)
+    monkeypatch.setattr("cat_grpo.learner.learner.free_bytes", lambda device: spare * needed)
     assert learner_of(model, micro_batch_tokens=256)._layer_inputs_only is is_on
 
 

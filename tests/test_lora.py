@@ -8,16 +8,16 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from cat_grpo.batches import Batch, TrainingRow
-from cat_grpo.checkpoints import Checkpoints, export_model
+from cat_grpo.learner.batches import Batch, TrainingRow
+from cat_grpo.run.checkpoints import Checkpoints, export_model
 from cat_grpo.config import LearnerConfig, ModelConfig
 from cat_grpo.engines import Sampling
 from cat_grpo.engines.hf import HFEngine, load_model_and_tokenizer
-from cat_grpo.learner import Learner
-from cat_grpo.lora import add_adapters
-from cat_grpo.opening import open_loop
-from cat_grpo.presets import load_config
-from cat_grpo.step import train_step
+from cat_grpo.learner.learner import Learner
+from cat_grpo.learner.lora import add_adapters
+from cat_grpo.run.opening import open_loop
+from cat_grpo.settings import load_config
+from cat_grpo.run.step import train_step
 
 LAB = ModelConfig(path="lab")
 PROMPT = [{"role": "user", "content": "Work out 12 + 30."}]

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from cat_grpo.order import (
+from cat_grpo.run.order import (
     Change,
     change_lines,
     changes_with,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from cat_grpo import grpo
+from cat_grpo.learner import grpo
 
 B, T, LOW, HIGH, BETA, CAP = 6, 9, 0.2, 0.3, 0.04, 1.5
 

@@ -4,7 +4,7 @@ import pytest
 
 from cat_grpo.config import Config
 from cat_grpo.plan import StagePlan, plan, plan_markdown
-from cat_grpo.presets import load_config
+from cat_grpo.settings import load_config
 from cat_grpo.records import Problem
 
 

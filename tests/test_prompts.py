@@ -5,7 +5,7 @@ import re
 import pytest
 from jinja2 import Environment, UndefinedError, meta
 
-from cat_grpo.prompts import TEMPLATES, fence, prompt_hashes, render, set_folder
+from cat_grpo.method.prompts import TEMPLATES, fence, prompt_hashes, render, set_folder
 from cat_grpo.shipped import shipped
 
 SETS = ("default", "lab")

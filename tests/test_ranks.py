@@ -10,11 +10,11 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from cat_grpo.batches import Batch, TrainingRow, micro_batches
+from cat_grpo.learner.batches import Batch, TrainingRow, micro_batches
 from cat_grpo.config import LearnerConfig, ModelConfig
 from cat_grpo.engines.hf import load_model_and_tokenizer
 from cat_grpo.engines.tokens import model_folder
-from cat_grpo.learner import Learner, NotFiniteError
+from cat_grpo.learner.learner import Learner, NotFiniteError
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray's, which are many
@@ -43,7 +43,7 @@ def lab():
 
 
 def ranks(num_ranks: int = 2, **settings):
-    from cat_grpo.ranks import Ranks
+    from cat_grpo.learner.sharded import Ranks
 
     config = LearnerConfig(num_ranks=num_ranks, **SETTINGS, **settings)
     return Ranks(lab(), model_folder("lab"), config, temperature=1.0)
@@ -116,7 +116,7 @@ def test_killed_and_resumed_the_ranks_end_alike(pair: Pair, tmp_path: Path):
 @pytest.mark.parametrize("max_tokens", [600, 100_000])
 def test_micro_batches_leave_hardly_a_rank_idle(num_ranks: int, max_tokens: int):
     """The share of the tokens computed, a round as long as its largest, that are trained on."""
-    from cat_grpo.ranks import even_size
+    from cat_grpo.learner.sharded import even_size
 
     rng = random.Random(0)
     lengths = [round(rng.lognormvariate(4, 0.5)) + 1 for _ in range(128)]

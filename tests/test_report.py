@@ -16,7 +16,7 @@ from cat_grpo.records import (
     ScoredGroup,
     Verdict,
 )
-from cat_grpo.report import (
+from cat_grpo.report.pages import (
     MAX_BYTES,
     MAX_ROLLOUTS,
     MAX_ROWS,
@@ -30,7 +30,7 @@ from cat_grpo.report import (
     table_rows,
     warnings,
 )
-from cat_grpo.reviews import Accuracy
+from cat_grpo.report.reviews import Accuracy
 
 HISTORY = [
     {"step": 0.0, "reward/mean": 0.25, "consensus/majority_frac": 0.5, "policy/entropy": 2.0},

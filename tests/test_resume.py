@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from cat_grpo.lab.problems import labelled_rows, unlabelled, write_problems
-from cat_grpo.learner import NotFiniteError
-from cat_grpo.opening import open_loop
-from cat_grpo.presets import load_config
-from cat_grpo.step import Loop, train_step
+from cat_grpo.learner.learner import NotFiniteError
+from cat_grpo.run.opening import open_loop
+from cat_grpo.settings import load_config
+from cat_grpo.run.step import Loop, train_step
 
 STEPS, CHECKPOINT_EVERY, NUM_SHARDS = 7, 2, 2
 STAGES = ("rollouts", "references", "scores")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cat_grpo.reviews import Review, accuracy, append_review, latest, read_reviews, wrong_problems
+from cat_grpo.report.reviews import Review, accuracy, append_review, latest, read_reviews, wrong_problems
 
 
 def review(opinion, step=0, group=0, problem_id="p", note="") -> Review:

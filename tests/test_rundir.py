@@ -8,10 +8,10 @@ import pytest
 
 from cat_grpo import rundir
 from cat_grpo.config import Config
-from cat_grpo.presets import load_config
-from cat_grpo.prompts import prompt_hashes
+from cat_grpo.settings import load_config
+from cat_grpo.method.prompts import prompt_hashes
 from cat_grpo.records import Completion, Group, Problem, Reference, RolloutScore, ScoredGroup
-from cat_grpo.rundir import RunDir, seed_of, write_whole
+from cat_grpo.run.rundir import RunDir, seed_of, write_whole
 
 
 def problems(n: int) -> list[Problem]:
@@ -226,7 +226,7 @@ def test_how_long_a_run_goes_on_may_change(tmp_path, override):
 
 def test_a_run_is_not_gone_on_with_under_other_prompts(tmp_path, monkeypatch):
     opened(tmp_path / "run")
-    monkeypatch.setattr("cat_grpo.rundir.prompt_hashes", lambda prompt_set: {"judge_label": "another"})
+    monkeypatch.setattr("cat_grpo.run.rundir.prompt_hashes", lambda prompt_set: {"judge_label": "another"})
     with pytest.raises(ValueError, match=r"manifest\.json: prompt_hashes: "):
         opened(tmp_path / "run")
 

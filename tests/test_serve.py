@@ -15,8 +15,8 @@ import yaml
 
 from cat_grpo import presets
 from cat_grpo.config import Config
-from cat_grpo.presets import preset_names
-from cat_grpo.rundir import RunDir
+from cat_grpo.settings import preset_names
+from cat_grpo.run.rundir import RunDir
 from cat_grpo.shipped import shipped
 from dashboard import PATIENCE_S, Served, num_steps, two_free_ports, until
 from flows.deployments import silent_runs_crash

@@ -16,9 +16,9 @@ from asking import user
 from cat_grpo.config import Config, ModelConfig, RewardConfig, ServerConfig
 from cat_grpo.engines import NoLogprobsError, Sampling
 from cat_grpo.engines.roles import open_engine, refuse_untrainable
-from cat_grpo.lora import ADAPTER_WEIGHTS
+from cat_grpo.learner.lora import ADAPTER_WEIGHTS
 from cat_grpo.records import Verdict
-from cat_grpo.rubrics import judge_criteria
+from cat_grpo.method.rewards.rubric import judge_criteria
 
 Reply = tuple[int, Any]
 """A status, and what becomes JSON."""

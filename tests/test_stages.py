@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from cat_grpo.answers import extract_answer
+from cat_grpo.method.answers import extract_answer
 from cat_grpo.config import ReferenceConfig, RewardConfig, RolloutConfig
 from cat_grpo.engines import Sampling
 from cat_grpo.engines.scripted import ScriptedEngine
-from cat_grpo.prompts import fence
+from cat_grpo.method.prompts import fence
 from cat_grpo.records import (
     Completion,
     Generation,
@@ -23,10 +23,10 @@ from cat_grpo.records import (
     ScoredGroup,
     Verdict,
 )
-from cat_grpo.references import estimate_references
-from cat_grpo.rewards import agreement, length_penalty, rubric_reward, score_groups
-from cat_grpo.rollouts import generate_rollouts
-from cat_grpo.rubrics import parse_rubric, parse_verdict, propose_rubrics
+from cat_grpo.method.references import estimate_references
+from cat_grpo.method.rewards import agreement, length_penalty, rubric_reward, score_groups
+from cat_grpo.method.rollouts import generate_rollouts
+from cat_grpo.method.rewards.rubric import parse_rubric, parse_verdict, propose_rubrics
 
 YES, NO, ABSTAINED = Verdict(True, 0.9), Verdict(False, 0.1), Verdict(None, None)
 HOSTILE = [
@@ -506,7 +506,7 @@ async def test_a_comparison_that_raises_is_heard(monkeypatch):
     def broken(a: str, b: str) -> bool:
         raise RuntimeError("a math-verify worker did not start")
 
-    monkeypatch.setattr("cat_grpo.rewards.same_answer", lambda mode: broken)
+    monkeypatch.setattr("cat_grpo.method.rewards.same_answer", lambda mode: broken)
     with pytest.raises(RuntimeError, match="did not start"):
         await scored(group(*boxes(1)), r"\boxed{1}")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cat_grpo.opening import open_loop
-from cat_grpo.presets import load_config
-from cat_grpo.step import Loop, train_step
+from cat_grpo.run.opening import open_loop
+from cat_grpo.settings import load_config
+from cat_grpo.run.step import Loop, train_step
 
 SMALL = ["train.problems_per_step=2", "train.steps=1", "rollout.group_size=2"]
 

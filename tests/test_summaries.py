@@ -14,8 +14,8 @@ from cat_grpo.records import (
     ScoredGroup,
     Verdict,
 )
-from cat_grpo.rundir import RunDir
-from cat_grpo.summaries import summarise, summarise_update
+from cat_grpo.run.rundir import RunDir
+from cat_grpo.report.summaries import summarise, summarise_update
 
 
 def rollout(num_tokens: int, finish_reason="stop") -> Completion:

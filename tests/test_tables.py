@@ -15,7 +15,7 @@ from cat_grpo.records import (
     ScoredGroup,
     Verdict,
 )
-from cat_grpo.tables import (
+from cat_grpo.run.tables import (
     REFERENCES,
     ROLLOUTS,
     SCORES,

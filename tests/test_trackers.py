@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cat_grpo.trackers import open_tracker
+from cat_grpo.report.trackers import open_tracker
 from dashboard import until
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the trackers' own libraries

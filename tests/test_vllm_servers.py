@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from cat_grpo.config import Config
-from cat_grpo.opening import open_loop
-from cat_grpo.presets import load_config
-from cat_grpo.step import Loop, train_step
+from cat_grpo.run.opening import open_loop
+from cat_grpo.settings import load_config
+from cat_grpo.run.step import Loop, train_step
 from serving import Server, free_port, start
 
 pytestmark = pytest.mark.vllm

@@ -29,8 +29,8 @@ from transformers import (
 from cat_grpo.config import ModelConfig
 from cat_grpo.engines import Sampling
 from cat_grpo.engines.tokens import ChatTokens, end_of_turn_ids, load_tokenizer, readable_model
-from cat_grpo.head import head_logprobs
-from cat_grpo.lora import adapters_off
+from cat_grpo.learner.lm_head import head_logprobs
+from cat_grpo.learner.lora import adapters_off
 from cat_grpo.models import model_folder
 from cat_grpo.records import Completion, Generation, LabelRead, Messages, Usage
 

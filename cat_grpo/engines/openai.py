@@ -13,7 +13,7 @@ from cat_grpo.engines import NoLogprobsError, Sampling, together
 from cat_grpo.engines.pool import UNREACHABLE, APIConnectionError, APIStatusError, NotFoundError, Pool, Server
 from cat_grpo.engines.tokens import ChatTokens
 from cat_grpo.errors import BadInput
-from cat_grpo.lora import ADAPTER_WEIGHTS
+from cat_grpo.learner.lora import ADAPTER_WEIGHTS
 from cat_grpo.records import Completion, Generation, LabelRead, Messages, Usage
 
 TOP_LOGPROBS = 20

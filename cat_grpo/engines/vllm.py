@@ -18,7 +18,7 @@ from cat_grpo.engines import Sampling, SyncError, together
 from cat_grpo.engines.hf import resolve_device, resolve_dtype, unloaded_model
 from cat_grpo.engines.tokens import ChatTokens
 from cat_grpo.errors import BadInput, Stopped
-from cat_grpo.lora import ADAPTER_WEIGHTS
+from cat_grpo.learner.lora import ADAPTER_WEIGHTS
 from cat_grpo.models import model_folder
 from cat_grpo.records import Completion, Generation, LabelRead, Messages, Usage
 

@@ -16,7 +16,6 @@ from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from markupsafe import Markup
 
-from cat_grpo.curves import panels
 from cat_grpo.errors import BadInput, first_line
 from cat_grpo.inspector import reading, views
 from cat_grpo.inspector.pages import FOLDER, accuracy_text, page, run_url
@@ -24,12 +23,13 @@ from cat_grpo.inspector.reading import NotThere
 from cat_grpo.inspector.security import SCRIPT_HEADER, is_own_page, refuse_open_host, secure
 from cat_grpo.inspector.texts import clipped, compared
 from cat_grpo.inspector.views import FILTERS, SORTS, View
-from cat_grpo.report import HEADLINE
-from cat_grpo.reviews import REVIEWS, Opinion, Review, accuracy, append_review, now
-from cat_grpo.rundir import RunDir
+from cat_grpo.report.curves import panels
+from cat_grpo.report.pages import HEADLINE
+from cat_grpo.report.reviews import REVIEWS, Opinion, Review, accuracy, append_review, now
+from cat_grpo.run.rundir import RunDir
+from cat_grpo.run.stopping import alarm, warnings
+from cat_grpo.run.tables import Row
 from cat_grpo.settings import differences
-from cat_grpo.stopping import alarm, warnings
-from cat_grpo.tables import Row
 
 LONGEST_REVIEW = 16_384
 """Bytes."""

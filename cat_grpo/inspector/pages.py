@@ -11,8 +11,8 @@ from fastapi.responses import HTMLResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cat_grpo.inspector.texts import cut, rendered, shown_name
-from cat_grpo.report import metric_words
-from cat_grpo.reviews import Accuracy
+from cat_grpo.report.pages import metric_words
+from cat_grpo.report.reviews import Accuracy
 
 FOLDER = Path(__file__).parent
 

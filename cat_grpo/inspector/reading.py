@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 from cat_grpo.config import Config
 from cat_grpo.metrics import SCORE, Metrics
 from cat_grpo.records import RewardedGroup
-from cat_grpo.reviews import REVIEWS, Accuracy, Review, accuracy, latest, read_reviews
-from cat_grpo.rundir import RunDir
-from cat_grpo.summaries import SUMMARIES, summarise
-from cat_grpo.tables import Row, groups_from, references_from, rewarded_from
+from cat_grpo.report.reviews import REVIEWS, Accuracy, Review, accuracy, latest, read_reviews
+from cat_grpo.report.summaries import SUMMARIES, summarise
+from cat_grpo.run.rundir import RunDir
+from cat_grpo.run.tables import Row, groups_from, references_from, rewarded_from
 
 DEEPEST = 3
 """Folders below the given one in which runs are looked for."""

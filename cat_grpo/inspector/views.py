@@ -12,9 +12,9 @@ from starlette.datastructures import QueryParams
 
 from cat_grpo.errors import BadInput
 from cat_grpo.inspector.reading import summaries, summary_rows_at
-from cat_grpo.reviews import Review
-from cat_grpo.rundir import RunDir
-from cat_grpo.tables import Row
+from cat_grpo.report.reviews import Review
+from cat_grpo.run.rundir import RunDir
+from cat_grpo.run.tables import Row
 
 PAGE = 50
 EXPORTED_AT_ONCE = 500

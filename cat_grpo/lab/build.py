@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from cat_grpo.files import whole, write_whole
 from cat_grpo.lab import corpus, problems
 from cat_grpo.lab.tokenizer import END, PAD, train_tokenizer
+from cat_grpo.method.prompts import template_hashes
 from cat_grpo.models import CARD
-from cat_grpo.prompts import template_hashes
 
 log = logging.getLogger(__name__)
 

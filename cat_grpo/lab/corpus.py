@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cat_grpo.lab import problems as lab
-from cat_grpo.prompts import render
+from cat_grpo.method.prompts import render
 
 PROMPT_SET = "lab"
 TEMPLATES = (

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import httpx
 
-from cat_grpo.presets import load_config
+from cat_grpo.settings import load_config
 from cat_grpo.records import Completion, Group, Problem, Reference, RolloutScore, ScoredGroup
-from cat_grpo.rundir import RunDir
-from cat_grpo.summaries import summarise_update
+from cat_grpo.run.rundir import RunDir
+from cat_grpo.report.summaries import summarise_update
 
 NUM_STEPS, NUM_GROUPS, GROUP_SIZE = 50, 10_000, 8
 SHARD_SIZE = 1_000

@@ -26,9 +26,9 @@ from cat_grpo.engines.metered import Meter
 from cat_grpo.engines.vllm import VLLMEngine
 from cat_grpo.lab.corpus import note
 from cat_grpo.lab.problems import POINTS
-from cat_grpo.prompts import render
+from cat_grpo.method.prompts import render
 from cat_grpo.records import Messages, Verdict
-from cat_grpo.rubrics import VERDICT_MAX_TOKENS, judge_criteria
+from cat_grpo.method.rewards.rubric import VERDICT_MAX_TOKENS, judge_criteria
 
 WAYS = {
     "labels, shared prefixes": (0, True),

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cat_grpo.grpo import token_logprobs
-from cat_grpo.head import head_loss
+from cat_grpo.learner.grpo import token_logprobs
+from cat_grpo.learner.lm_head import head_loss
 
 
 def tiled(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:

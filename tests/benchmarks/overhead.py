@@ -68,10 +68,10 @@ class Clock(logging.Handler):
 
 
 async def bare(preset: str, overrides: list[str], run: Path) -> list[float]:
-    from cat_grpo.opening import open_loop
-    from cat_grpo.presets import load_config
-    from cat_grpo.selection import alarm
-    from cat_grpo.step import train_step
+    from cat_grpo.run.opening import open_loop
+    from cat_grpo.settings import load_config
+    from cat_grpo.run.stopping import alarm
+    from cat_grpo.run.step import train_step
 
     loop = await open_loop(load_config(preset, None, overrides), run)
     seconds = []
@@ -85,7 +85,7 @@ async def bare(preset: str, overrides: list[str], run: Path) -> list[float]:
 
 
 async def orchestrated(preset: str, overrides: list[str], run: Path) -> list[float]:
-    from cat_grpo.presets import load_config
+    from cat_grpo.settings import load_config
     from flows.train import train
 
     clock = Clock()

@@ -33,16 +33,16 @@ from cat_grpo.data import load_problems
 from cat_grpo.engines import Sampling, together
 from cat_grpo.engines.vllm import VLLMEngine
 from cat_grpo.lab.problems import labelled_rows
-from cat_grpo.opening import open_loop
-from cat_grpo.presets import load_config
+from cat_grpo.run.opening import open_loop
+from cat_grpo.settings import load_config
 from cat_grpo.records import Group, Problem, Reference, ScoredGroup
-from cat_grpo.references import estimate_references
-from cat_grpo.rewards import score_groups
-from cat_grpo.rollouts import generate_rollouts
-from cat_grpo.rubrics import VERDICT_MAX_TOKENS
-from cat_grpo.rundir import seed_of
+from cat_grpo.method.references import estimate_references
+from cat_grpo.method.rewards import score_groups
+from cat_grpo.method.rollouts import generate_rollouts
+from cat_grpo.method.rewards.rubric import VERDICT_MAX_TOKENS
+from cat_grpo.run.rundir import seed_of
 from cat_grpo.shipped import shipped
-from cat_grpo.step import train_step
+from cat_grpo.run.step import train_step
 
 LAB = str(shipped("data", "lab", "model"))
 GROUP_SIZE = 8

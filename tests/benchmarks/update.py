@@ -34,9 +34,9 @@ from workloads import (
     useful_flops,
 )
 
-from cat_grpo.batches import Batch, TrainingRow
+from cat_grpo.learner.batches import Batch, TrainingRow
 from cat_grpo.config import LearnerConfig
-from cat_grpo.learner import Learner
+from cat_grpo.learner.learner import Learner
 
 
 class Ours:

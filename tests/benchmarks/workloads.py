@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from cat_grpo.batches import TrainingRow
-from cat_grpo.grpo import group_advantages
+from cat_grpo.learner.batches import TrainingRow
+from cat_grpo.learner.grpo import group_advantages
 
 GROUP_SIZE = 8
 SHAPES = {

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cat_grpo.config import BudgetConfig, Config
-from cat_grpo.observing import Observer, Telling
-from cat_grpo.opening import open_loop
-from cat_grpo.rundir import RunDir
-from cat_grpo.step import Loop, run_step
-from cat_grpo.stopping import alarm
+from cat_grpo.run.observing import Observer, Telling
+from cat_grpo.run.opening import open_loop
+from cat_grpo.run.rundir import RunDir
+from cat_grpo.run.step import Loop, run_step
+from cat_grpo.run.stopping import alarm
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from cat_grpo.answers import Vote, agreements, extract_answer, rollout_answers, votes_of
 from cat_grpo.config import Config
 from cat_grpo.engines import Engines, together
 from cat_grpo.errors import BadInput
-from cat_grpo.parts import find, refuse_kind, templates_of
-from cat_grpo.prompts import refuse_missing
+from cat_grpo.method import find, refuse_kind, templates_of
+from cat_grpo.method.answers import Vote, agreements, extract_answer, rollout_answers, votes_of
+from cat_grpo.method.prompts import refuse_missing
+from cat_grpo.method.references import ESTIMATORS, Estimator
+from cat_grpo.method.rewards import REWARDS, Reward, length_penalty, weighted_sum
+from cat_grpo.method.rewards.judge import refuse_silent_judge
+from cat_grpo.method.rollouts import generate_rollouts, solve_template
 from cat_grpo.records import (
     Group,
     Kind,
@@ -26,10 +30,6 @@ from cat_grpo.records import (
     RolloutReward,
     kinds_of,
 )
-from cat_grpo.references import ESTIMATORS, Estimator
-from cat_grpo.rewards import REWARDS, Reward, length_penalty, weighted_sum
-from cat_grpo.rewards.judge import refuse_silent_judge
-from cat_grpo.rollouts import generate_rollouts, solve_template
 
 
 async def explore(

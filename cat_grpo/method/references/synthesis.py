@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from cat_grpo.config import Config
 from cat_grpo.engines import Engines, Sampling
-from cat_grpo.parts import needs
-from cat_grpo.prompts import ask, render
+from cat_grpo.method import needs
+from cat_grpo.method.prompts import ask, render
 from cat_grpo.records import Generation, Group, Reference
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat_grpo.grpo import at_least_float32
+from cat_grpo.learner.grpo import at_least_float32
 
 TILE_TOKENS = 1024
 

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from cat_grpo import cat
-from cat_grpo.answers import same_answer
 from cat_grpo.config import Config
 from cat_grpo.data import load_problems
 from cat_grpo.engines import Engines, together
 from cat_grpo.engines.roles import open_engines
 from cat_grpo.errors import BadInput
 from cat_grpo.files import seed_of, write_whole
-from cat_grpo.observing import Observer, Telling
+from cat_grpo.method import cat
+from cat_grpo.method.answers import same_answer
 from cat_grpo.records import Group, Problem, Reference, kinds_of
-from cat_grpo.tables import Row, write_table
+from cat_grpo.run.observing import Observer, Telling
+from cat_grpo.run.tables import Row, write_table
 
 log = logging.getLogger(__name__)
 

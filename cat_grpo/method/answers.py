@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cat_grpo.config import Equivalence
-from cat_grpo.equivalence import equal_text, equivalent
+from cat_grpo.method.equivalence import equal_text, equivalent
 from cat_grpo.records import Group, Reference
 
 _TOKEN = re.compile(r"(?P<box>\\+boxed\s*\{)|(?P<open>\{)|(?P<close>\})|\\.", re.DOTALL)

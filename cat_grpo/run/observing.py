@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from cat_grpo.metrics import Metrics
-from cat_grpo.rundir import RunDir
+from cat_grpo.run.rundir import RunDir
 
 
 class Observer:

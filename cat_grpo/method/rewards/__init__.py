@@ -10,9 +10,9 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from cat_grpo.config import RewardConfig
+from cat_grpo.method.rewards.agreement import agreement
+from cat_grpo.method.rewards.rubric import self_rubric
 from cat_grpo.records import Completion, PartReward
-from cat_grpo.rewards.agreement import agreement
-from cat_grpo.rewards.rubric import self_rubric
 
 Reward = Callable[..., Awaitable[Sequence[Sequence[float | None] | PartReward]]]
 

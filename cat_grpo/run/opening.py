@@ -9,28 +9,28 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cat_grpo import cat
-from cat_grpo.checkpoints import Checkpoints
 from cat_grpo.config import Config, DataConfig
 from cat_grpo.data import load_problems
 from cat_grpo.engines.hf import HFEngine, load_model_and_tokenizer, resolve_dtype
 from cat_grpo.engines.roles import open_roles, refuse_untrainable
+from cat_grpo.engines.sync import Probe, make_probes
 from cat_grpo.errors import BadInput
 from cat_grpo.evaluation import load_labelled
-from cat_grpo.learner import Learner
-from cat_grpo.lora import add_adapters, has_adapters
+from cat_grpo.learner.learner import Learner
+from cat_grpo.learner.lora import add_adapters, has_adapters
+from cat_grpo.method import cat
+from cat_grpo.method.rollouts import solve_prompt
 from cat_grpo.models import model_folder
-from cat_grpo.order import ProblemOrder
 from cat_grpo.records import Problem, kinds_of
-from cat_grpo.reviews import REVIEWS, read_reviews, wrong_problems
-from cat_grpo.rollouts import solve_prompt
-from cat_grpo.rundir import RunDir
-from cat_grpo.step import Loop
-from cat_grpo.sync import Probe, make_probes
-from cat_grpo.trackers import open_tracker
+from cat_grpo.report.reviews import REVIEWS, read_reviews, wrong_problems
+from cat_grpo.report.trackers import open_tracker
+from cat_grpo.run.checkpoints import Checkpoints
+from cat_grpo.run.order import ProblemOrder
+from cat_grpo.run.rundir import RunDir
+from cat_grpo.run.step import Loop
 
 if TYPE_CHECKING:
-    from cat_grpo.ranks import Ranks
+    from cat_grpo.learner.sharded import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def _open_learner(model: PreTrainedModel, config: Config) -> "Learner | Ranks":
     if learner.num_ranks == 1:
         return Learner(model, learner, config.rollout.temperature, dtype)
     try:
-        from cat_grpo.ranks import Ranks
+        from cat_grpo.learner.sharded import Ranks
     except ImportError as error:
         raise BadInput("learner.num_ranks needs Ray: pip install -e '.[ray]' in a checkout") from error
     return Ranks(model, model_folder(config.model.path), learner, config.rollout.temperature, dtype)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from cat_grpo.config import Config
 from cat_grpo.engines import Engine, NoLogprobsError, Sampling
 from cat_grpo.errors import BadInput
-from cat_grpo.prompts import ask, render
+from cat_grpo.method.prompts import ask, render
+from cat_grpo.method.rewards.parsing import parse_verdict
 from cat_grpo.records import LabelRead, Verdict
-from cat_grpo.rewards.parsing import parse_verdict
 
 LABELS = ("yes", "no")
 VERDICT_MAX_TOKENS = 64

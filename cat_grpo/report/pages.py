@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from cat_grpo.metrics import SCORE, WINDOW, Metrics, agrees_with_majority, differs_from_all, mean
 from cat_grpo.records import Reference, RewardedGroup, RolloutReward
-from cat_grpo.reviews import Accuracy
+from cat_grpo.report.reviews import Accuracy
 
 T = TypeVar("T")
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from cat_grpo.answers import rollout_answers, votes_of
 from cat_grpo.config import Config
 from cat_grpo.engines import Engines
-from cat_grpo.parts import needs
+from cat_grpo.method import needs
+from cat_grpo.method.answers import rollout_answers, votes_of
 from cat_grpo.records import KINDS_WITH_ANSWER, Group, Reference
 
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cat_grpo import grpo
-from cat_grpo.activations import OPTIMIZER_BYTES, free_bytes, kept_bytes, layer_inputs_only
-from cat_grpo.attention import packed
-from cat_grpo.batches import KL_ESTIMATORS, Batch, MicroBatch, TrainingRow, micro_batches
 from cat_grpo.config import LearnerConfig
 from cat_grpo.errors import BadInput, Stopped
-from cat_grpo.head import head_bytes, head_logprobs, head_loss
-from cat_grpo.lora import ADAPTER_WEIGHTS, load_adapters
+from cat_grpo.learner import grpo
+from cat_grpo.learner.attention import packed
+from cat_grpo.learner.batches import KL_ESTIMATORS, Batch, MicroBatch, TrainingRow, micro_batches
+from cat_grpo.learner.checkpointing import OPTIMIZER_BYTES, free_bytes, kept_bytes, layer_inputs_only
+from cat_grpo.learner.lm_head import head_bytes, head_logprobs, head_loss
+from cat_grpo.learner.lora import ADAPTER_WEIGHTS, load_adapters
 
 OPTIMIZER = "optimizer.pt"
 """The file of a checkpoint that has the optimizer's state."""

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from cat_grpo.config import Config
 from cat_grpo.engines import Engine, Engines, Sampling
-from cat_grpo.parts import needs
-from cat_grpo.prompts import ask, render
+from cat_grpo.method import needs
+from cat_grpo.method.prompts import ask, render
+from cat_grpo.method.rewards.judge import judge_criteria
+from cat_grpo.method.rewards.parsing import parse_rubric
 from cat_grpo.records import Group, PartReward, Reference, Rubric, Verdict
-from cat_grpo.rewards.judge import judge_criteria
-from cat_grpo.rewards.parsing import parse_rubric
 
 
 @needs("propose_rubric", "judge_{verdict}")

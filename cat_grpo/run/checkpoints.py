@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cat_grpo.errors import BadInput
 from cat_grpo.files import whole, write_whole
-from cat_grpo.lora import load_merged
+from cat_grpo.learner.lora import load_merged
 from cat_grpo.models import CARD
 
 

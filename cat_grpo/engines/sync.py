@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from cat_grpo.engines import Engine, SyncError
 from cat_grpo.files import whole
-from cat_grpo.lora import has_adapters
+from cat_grpo.learner.lora import has_adapters
 
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1
 """Mean gap of a sequence's logprobs, in nats, above what float32 and bfloat16 kernels differ by."""

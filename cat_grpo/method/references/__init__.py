@@ -8,9 +8,9 @@ enough.
 
 from collections.abc import Awaitable, Callable, Mapping
 
+from cat_grpo.method.references.selection import majority
+from cat_grpo.method.references.synthesis import synthesis
 from cat_grpo.records import Reference
-from cat_grpo.references.selection import majority
-from cat_grpo.references.synthesis import synthesis
 
 Estimator = Callable[..., Awaitable[list[Reference]]]
 

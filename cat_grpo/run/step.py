@@ -12,30 +12,30 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from cat_grpo import cat
-from cat_grpo.batches import Batch, make_batch, rollout_kl, total_rewards
-from cat_grpo.checkpoints import Checkpoints
 from cat_grpo.config import Config
 from cat_grpo.engines import Engine, Engines, together
 from cat_grpo.engines.hf import HFEngine, resolve_dtype
 from cat_grpo.engines.metered import Meter
-from cat_grpo.equivalence import read_timeouts
+from cat_grpo.engines.sync import HALF_TOLERANCE, TOLERANCE, Probe, check_sync, send_weights
 from cat_grpo.errors import BadInput
 from cat_grpo.evaluation import LabelledProblem, measure
-from cat_grpo.grpo import group_advantages
-from cat_grpo.learner import Learner, NotFiniteError, set_aside
+from cat_grpo.learner.batches import Batch, make_batch, rollout_kl, total_rewards
+from cat_grpo.learner.grpo import group_advantages
+from cat_grpo.learner.learner import Learner, NotFiniteError, set_aside
+from cat_grpo.method import cat
+from cat_grpo.method.equivalence import read_timeouts
 from cat_grpo.metrics import SCORE, Metrics, mean, step_metrics
-from cat_grpo.observing import Observer, Telling
-from cat_grpo.order import ProblemOrder, rollout_keys
 from cat_grpo.records import Problem, RewardedGroup
-from cat_grpo.rundir import RunDir
-from cat_grpo.stopping import alarm, is_best, label_free_score
-from cat_grpo.summaries import summarise_update
-from cat_grpo.sync import HALF_TOLERANCE, TOLERANCE, Probe, check_sync, send_weights
-from cat_grpo.trackers import Tracker
+from cat_grpo.report.summaries import summarise_update
+from cat_grpo.report.trackers import Tracker
+from cat_grpo.run.checkpoints import Checkpoints
+from cat_grpo.run.observing import Observer, Telling
+from cat_grpo.run.order import ProblemOrder, rollout_keys
+from cat_grpo.run.rundir import RunDir
+from cat_grpo.run.stopping import alarm, is_best, label_free_score
 
 if TYPE_CHECKING:
-    from cat_grpo.ranks import Ranks
+    from cat_grpo.learner.sharded import Ranks
 
 STAGES = ("rollouts", "references", "rewards")
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from cat_grpo.config import Config
 from cat_grpo.engines import Engine, Sampling
-from cat_grpo.prompts import render
+from cat_grpo.method.prompts import render
 from cat_grpo.records import Group, Messages, Problem
 
 

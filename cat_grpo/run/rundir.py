@@ -18,17 +18,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cat_grpo.cat import templates
 from cat_grpo.config import Config
 from cat_grpo.errors import BadInput
 from cat_grpo.files import append_line, seed_of, write_whole
+from cat_grpo.method.cat import templates
+from cat_grpo.method.prompts import template_hashes
 from cat_grpo.metrics import Metrics
-from cat_grpo.order import Change, change_lines, changes_with, read_changes
-from cat_grpo.prompts import template_hashes
 from cat_grpo.records import Group, Problem, Reference, RewardedGroup, kinds_of
-from cat_grpo.settings import differences, may_change, read_config
-from cat_grpo.summaries import SUMMARIES, Summary
-from cat_grpo.tables import (
+from cat_grpo.report.summaries import SUMMARIES, Summary
+from cat_grpo.run.order import Change, change_lines, changes_with, read_changes
+from cat_grpo.run.tables import (
     REFERENCES,
     REWARDS,
     ROLLOUTS,
@@ -41,6 +40,7 @@ from cat_grpo.tables import (
     rewarded_from,
     write_table,
 )
+from cat_grpo.settings import differences, may_change, read_config
 
 VERSIONS_OF = ("cat-grpo", "torch", "transformers", "datasets", "prefect")
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from cat_grpo.attention import Layout, Spans
 from cat_grpo.config import LearnerConfig
 from cat_grpo.errors import BadInput
-from cat_grpo.grpo import (
+from cat_grpo.learner.attention import Layout, Spans
+from cat_grpo.learner.grpo import (
     constant_weights,
     k1_kl,
     k2_kl,

@@ -28,11 +28,11 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cat_grpo.activations import free_cached_memory
-from cat_grpo.batches import Batch, MicroBatch, TrainingRow, micro_batches, packs
 from cat_grpo.config import LearnerConfig
 from cat_grpo.errors import BadInput
-from cat_grpo.learner import Learner
+from cat_grpo.learner.batches import Batch, MicroBatch, TrainingRow, micro_batches, packs
+from cat_grpo.learner.checkpointing import free_cached_memory
+from cat_grpo.learner.learner import Learner
 
 PATIENCE = 60
 """Seconds to wait for room on a Ray cluster that others use."""

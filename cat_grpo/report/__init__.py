@@ -1,0 +1,1 @@
+"""What people read of a run: pages, curves, tables of groups, reviews, trackers."""

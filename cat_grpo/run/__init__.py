@@ -1,0 +1,1 @@
+"""A training run: what is on disk, and what happens in which order."""
