@@ -33,6 +33,8 @@ app.add_typer(lab_app, name="lab")
 
 def main() -> None:
     """Bad input is one line on stderr and exit code 2; anything else that goes wrong keeps its traceback."""
+    # Read when transformers and its neighbours are imported: our own bar is the only one.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app()
     except BadInput as error:
@@ -297,7 +299,6 @@ def _print_markdown(text: str) -> None:
 def _progress(title: str, quiet: bool = False) -> Iterator[None]:
     """A bar on stderr that follows the log records that carry `progress=(done, total)`, and no other bars."""
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -8,9 +8,11 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from cat_grpo.config import Config, MayChange, Section
 from cat_grpo.errors import BadInput
@@ -61,15 +63,19 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tupl
     return [pair for pair in pairs if pair[1] != pair[2]]
 
 
-def may_change(key: str, section: type[BaseModel] = Config) -> bool:
+def may_change(key: str) -> bool:
     """Whether a resumed run may set `section.key` anew: its field, or one above it, is marked MayChange."""
+    return any(MayChange in field.metadata for field in _fields(key))
+
+
+def _fields(key: str, section: type[BaseModel] = Config) -> Iterator[FieldInfo]:
+    """The fields on the way to `section.key`, as far as there are any: below a dict there are none."""
     name, _, below = key.partition(".")
-    field = section.model_fields.get(name)
-    if field is None:  # a key of a dict
-        return False
-    kinds = (field.annotation, *get_args(field.annotation))
-    sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
-    return MayChange in field.metadata or any(below and may_change(below, inner) for inner in sections)
+    if field := section.model_fields.get(name):
+        yield field
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if below and isinstance(kind, type) and issubclass(kind, Section):
+                yield from _fields(below, kind)
 
 
 @contextmanager
@@ -100,12 +106,19 @@ def _parse_override(override: str) -> dict[str, Any]:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = None if text.lower() in ("none", "null") else text  # a bare word is a string
+        value = (
+            None if text.lower() in ("none", "null") and _may_be_none(key) else text
+        )  # else a bare word is text
     *sections, name = key.split(".")
     tree: dict[str, Any] = {name: value}
     for section in reversed(sections):
         tree = {section: tree}
     return tree
+
+
+def _may_be_none(key: str) -> bool:
+    *_, field = None, *_fields(key)
+    return field is not None and NoneType in get_args(field.annotation)
 
 
 def _merge(tree: dict[str, Any], update: Mapping[str, Any]) -> None:

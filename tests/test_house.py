@@ -7,37 +7,57 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from cat_grpo.method.prompts import set_folder
+from cat_grpo.method import templates_of
+from cat_grpo.method.prompts import refuse_missing
+from cat_grpo.method.references import ESTIMATORS
+from cat_grpo.method.rewards import REWARDS
+from cat_grpo.method.rollouts import solve_template
+from cat_grpo.records import Kind
+from cat_grpo.settings import load_config
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cat_grpo"
 
 HEAVY = {"torch", "transformers", "prefect", "datasets", "pandas", "math_verify"}
-LIGHT_ROOMS = ("cat_grpo", "cat_grpo.config", "cat_grpo.records", "cat_grpo.method.prompts", "cat_grpo.cli")
-TEXT_STAGES = ("cat_grpo.method.rollouts", "cat_grpo.method.references", "cat_grpo.method.rewards.rubric", "cat_grpo.method.rewards")
+LIGHT_ROOMS = (
+    *("cat_grpo", "cat_grpo.cli", "cat_grpo.config", "cat_grpo.records", "cat_grpo.settings"),
+    *("cat_grpo.engines", "cat_grpo.learner", "cat_grpo.report", "cat_grpo.run"),
+)
 ROOMS = {
     "aiolimiter": {"engines.pool"},
     "datasets": {"data"},
-    "defusedxml": {"rubrics"},
+    "defusedxml": {"method.rewards.parsing"},
     "fastapi": {"inspector.app", "inspector.pages", "inspector.security"},
-    "jinja2": {"inspector.pages", "prompts"},
+    "jinja2": {"inspector.pages", "method.prompts"},
     "latex2mathml": {"inspector.texts"},
-    "math_verify": {"answers"},
+    "math_verify": {"method.equivalence"},
     "openai": {"engines.pool"},
-    "peft": {"lora"},
-    "ray": {"ranks"},
+    "peft": {"learner.lora"},
+    "ray": {"learner.sharded"},
     "rich": {"cli"},
     "typer": {"cli"},
     "uvicorn": {"inspector.app"},
     "vllm": {"engines.vllm", "engines.vllm_worker"},
 }
-STAGES = {"rollouts", "references", "rubrics", "rewards", "batches", "learner", "checkpoints"}
+FLOORS = (
+    {"errors", "records", "shipped"},
+    {"config", "files", "models"},
+    {"data", "metrics", "settings", "learner"},
+    {"engines"},
+    {"method"},
+    {"evaluation", "lab", "plan", "report"},
+    {"run"},
+    {"inspector", "library"},
+    {"cli"},
+)
+"""A room imports from lower floors alone. `cat_grpo` itself hands out names from all of them, when asked."""
+STAGES = ("method.rollouts", "method.references", "method.rewards", "learner.batches", "learner.learner")
 STAGES_THAT_MAY_MEET = {
-    ("rewards", "rubrics"),
-    ("learner", "batches"),  # a batch is made of tensors, so its type lives there: records.py loads no torch
+    ("learner.learner", "learner.batches"),  # a batch is made of tensors: records.py loads no torch
 }
 LONGEST_FILE = 300
 
@@ -104,6 +124,8 @@ def test_the_laws_name_rooms_that_there_are():
     there = {room(path) for path in sources()}
     named = {*STAGES, *(name for pair in STAGES_THAT_MAY_MEET for name in pair)}.union(*ROOMS.values())
     assert named <= there
+    units = {name.partition(".")[0] for name in there} - {""}
+    assert sorted(units) == sorted(unit for floor in FLOORS for unit in floor)
 
 
 @pytest.mark.parametrize("module", LIGHT_ROOMS)
@@ -111,13 +133,36 @@ def test_light_rooms_load_no_heavy_library(module: str):
     assert not loaded_after(f"import {module}") & HEAVY
 
 
-@pytest.mark.parametrize("module", TEXT_STAGES)
-def test_stages_that_handle_text_load_no_torch(module: str):
-    assert not loaded_after(f"import {module}") & {"torch", "transformers", "prefect"}
+def test_the_method_loads_no_torch_and_no_prefect():
+    rooms = [room(path) for path in sorted((PACKAGE / "method").rglob("*.py"))]
+    assert "method.cat" in rooms
+    loaded = loaded_after("import " + ", ".join(f"cat_grpo.{name}" for name in rooms))
+    assert not loaded & {"torch", "transformers", "prefect", "pandas", "datasets"}
 
 
 def test_the_mathematics_needs_torch_alone():
-    assert not loaded_after("import cat_grpo.learner.grpo") & {"transformers", "pydantic", "pandas", "prefect"}
+    assert not loaded_after("import cat_grpo.learner.grpo") & {
+        "transformers",
+        "pydantic",
+        "pandas",
+        "prefect",
+    }
+
+
+def test_a_name_of_the_library_loads_what_it_needs_and_no_more():
+    light = ("Config", "equivalent", "evaluate", "extract_answer", "load_config", "parse_rubric", "train")
+    loaded = loaded_after(f"import cat_grpo; [getattr(cat_grpo, name) for name in {light}]")
+    assert not loaded & {"torch", "transformers", "prefect", "pandas", "datasets"}
+
+
+def test_the_library_gives_what_it_names():
+    import cat_grpo
+
+    assert all(callable(getattr(cat_grpo, name)) for name in cat_grpo.__all__)
+    assert all(getattr(cat_grpo, name).__doc__ for name in cat_grpo.__all__)
+    assert {*cat_grpo.__all__} <= {*dir(cat_grpo)}
+    with pytest.raises(AttributeError, match="no_such_name"):
+        cat_grpo.no_such_name  # noqa: B018
 
 
 def test_the_learner_and_its_benchmarks_run_on_a_bare_gpu_machine():
@@ -161,11 +206,23 @@ def test_a_heavy_library_has_one_room(path: Path):
         )
 
 
-@pytest.mark.parametrize("stage", sorted(STAGES))
+@pytest.mark.parametrize("stage", STAGES)
 def test_stages_do_not_know_each_other(stage: str):
-    path = PACKAGE / f"{stage}.py"
-    known = {wanted.module.removeprefix("cat_grpo.") for wanted in imports(path)} & STAGES - {stage}
+    folder = PACKAGE.joinpath(*stage.split("."))
+    paths = sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+    wanted = {each.module.removeprefix("cat_grpo.") for path in paths for each in imports(path)}
+    known = {other for other in STAGES for name in wanted if f"{name}.".startswith(f"{other}.")} - {stage}
     assert {(stage, other) for other in known} <= STAGES_THAT_MAY_MEET
+
+
+@pytest.mark.parametrize("path", sources(), ids=room)
+def test_a_room_imports_from_lower_floors_alone(path: Path):
+    floor = {unit: number for number, units in enumerate(FLOORS) for unit in units}
+    here = room(path).partition(".")[0]
+    for wanted in imports(path):
+        if here and wanted.module.startswith("cat_grpo."):
+            there = wanted.module.split(".")[1]
+            assert there == here or floor[there] < floor[here], f"{path}:{wanted.line}: {there} is above"
 
 
 def test_imports_make_no_circle():
@@ -218,5 +275,16 @@ def test_what_is_not_built_is_not_there(path: Path):
 
 
 @pytest.mark.parametrize("prompt_set", ["default", "lab"])
-def test_both_prompt_sets_are_whole(prompt_set: str):
-    assert set_folder(prompt_set).is_dir()
+def test_a_shipped_prompt_set_has_what_every_estimator_and_reward_reads(prompt_set: str):
+    wanted = {
+        name
+        for kind in get_args(Kind)
+        for function in (*ESTIMATORS.values(), *REWARDS.values())
+        for verdict in ("label", "xml")
+        for name in templates_of(function, load_config(overrides=[f"reward.verdict={verdict}"]), kind)
+    }
+    refuse_missing(prompt_set, {*wanted, *map(solve_template, get_args(Kind))})
+
+
+def test_every_kind_of_problem_has_its_reward():
+    assert all(load_config().reward.parts(kind) for kind in get_args(Kind))

@@ -1,1 +1,30 @@
-"""One machine that learns: GRPO's formulas, batches, and the update of the weights."""
+"""The learner owns the policy's weights and their optimizer, in this process or spread over many."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from cat_grpo.learner.batches import Batch
+
+
+class TrainsPolicy(Protocol):
+    """What a run asks of its learner."""
+
+    model: Any
+    """The live module, which engines may share: it has the new weights after every update."""
+
+    def update(self, batch: "Batch") -> dict[str, float]:
+        """Makes the step's optimizer updates and returns their figures."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes the weights, for `from_pretrained`, and the optimizer's state."""
+        ...
+
+    def restore(self, folder: Path) -> None:
+        """Takes back what `save` wrote there, bit for bit."""
+        ...
+
+    def close(self) -> None:
+        """Gives processes and devices back."""
+        ...

@@ -5,21 +5,15 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cat_grpo.errors import BadInput
 from cat_grpo.files import whole, write_whole
+from cat_grpo.learner import TrainsPolicy
 from cat_grpo.learner.lora import load_merged
 from cat_grpo.models import CARD
-
-
-class Trained(Protocol):
-    """What a checkpoint is of: the learner, in one process or many."""
-
-    def save(self, folder: Path) -> None: ...
-    def restore(self, folder: Path) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +23,7 @@ class Checkpoints:
     folder: Path
 
     def save(
-        self, step: int, learner: Trained, tokenizer: PreTrainedTokenizerBase, card: Mapping, best: bool
+        self, step: int, learner: TrainsPolicy, tokenizer: PreTrainedTokenizerBase, card: Mapping, best: bool
     ) -> Path:
         """Everything after `step` finished steps. All older ones but the best go.
 
@@ -50,7 +44,7 @@ class Checkpoints:
         latest = self.folder / "latest"
         return int(latest.resolve().name) if latest.exists() else 0
 
-    def restore(self, learner: Trained) -> None:
+    def restore(self, learner: TrainsPolicy) -> None:
         """The weights and the optimizer of `latest`."""
         learner.restore(self.folder / "latest")
 

@@ -4,7 +4,6 @@ import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,6 +15,7 @@ from cat_grpo.engines.roles import open_roles, refuse_untrainable
 from cat_grpo.engines.sync import Probe, make_probes
 from cat_grpo.errors import BadInput
 from cat_grpo.evaluation import load_labelled
+from cat_grpo.learner import TrainsPolicy
 from cat_grpo.learner.learner import Learner
 from cat_grpo.learner.lora import add_adapters, has_adapters
 from cat_grpo.method import cat
@@ -28,9 +28,6 @@ from cat_grpo.run.checkpoints import Checkpoints
 from cat_grpo.run.order import ProblemOrder
 from cat_grpo.run.rundir import RunDir
 from cat_grpo.run.step import Loop
-
-if TYPE_CHECKING:
-    from cat_grpo.learner.sharded import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +119,7 @@ def _trained_on(problems: Sequence[Problem], config: DataConfig, run_path: Path)
     return ids
 
 
-def _open_learner(model: PreTrainedModel, config: Config) -> "Learner | Ranks":
+def _open_learner(model: PreTrainedModel, config: Config) -> TrainsPolicy:
     dtype, learner = resolve_dtype(config.model), config.learner
     if learner.importance != "none" and (config.rollout.top_p < 1.0 or config.rollout.top_k):
         log.warning("learner.importance is off: rollout.top_p and top_k cut what the engine sampled from")

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,9 +18,10 @@ from cat_grpo.engines.metered import Meter
 from cat_grpo.engines.sync import HALF_TOLERANCE, TOLERANCE, Probe, check_sync, send_weights
 from cat_grpo.errors import BadInput
 from cat_grpo.evaluation import LabelledProblem, measure
+from cat_grpo.learner import TrainsPolicy
 from cat_grpo.learner.batches import Batch, make_batch, rollout_kl, total_rewards
 from cat_grpo.learner.grpo import group_advantages
-from cat_grpo.learner.learner import Learner, NotFiniteError, set_aside
+from cat_grpo.learner.learner import NotFiniteError, set_aside
 from cat_grpo.method import cat
 from cat_grpo.method.equivalence import read_timeouts
 from cat_grpo.metrics import SCORE, Metrics, mean, step_metrics
@@ -33,9 +33,6 @@ from cat_grpo.run.observing import Observer, Telling
 from cat_grpo.run.order import ProblemOrder, rollout_keys
 from cat_grpo.run.rundir import RunDir
 from cat_grpo.run.stopping import alarm, is_best, label_free_score
-
-if TYPE_CHECKING:
-    from cat_grpo.learner.sharded import Ranks
 
 STAGES = ("rollouts", "references", "rewards")
 
@@ -51,7 +48,7 @@ class Loop:
     order: ProblemOrder
     validation: Sequence[LabelledProblem]
     engines: Engines
-    learner: "Learner | Ranks"
+    learner: TrainsPolicy
     live: HFEngine
     """The learner's own module, to be asked."""
     tokenizer: PreTrainedTokenizerBase

@@ -90,7 +90,7 @@ async def test_there_are_n_completions_each_with_a_logprob_a_token(case: Case, n
 async def test_no_prompts_have_no_answers(case: Case):
     assert await case.engine.generate([], replace(DRAW, seeds=[])) == []
     assert await case.engine.read_labels([], ("yes", "no")) == []
-    assert await case.engine.score([], []) == []
+    assert await case.engine.logprobs([], []) == []
 
 
 @pytest.mark.parametrize("max_tokens", [3, 40])
@@ -131,13 +131,13 @@ async def test_completion_i_does_not_depend_on_n(case: Case):
     assert ids_of(three) == [row[:3] for row in ids_of(five)]
 
 
-async def test_scores_of_what_was_generated_are_its_logprobs(case: Case):
+async def test_the_logprobs_of_what_was_generated_are_its_own(case: Case):
     generations = await case.engine.generate(TURNS, DRAW)
     prompts = [g.prompt_token_ids for g in generations for _ in g.completions]
     completions = completions_of(generations)
-    scores = await case.engine.score(prompts, [completion.token_ids for completion in completions])
-    for completion, score in zip(completions, scores, strict=True):
-        assert score == pytest.approx(completion.logprobs, abs=1e-4)
+    read = await case.engine.logprobs(prompts, [completion.token_ids for completion in completions])
+    for completion, logprobs in zip(completions, read, strict=True):
+        assert logprobs == pytest.approx(completion.logprobs, abs=1e-4)
 
 
 async def test_label_reads_have_a_probability_a_label_in_the_prompts_order(case: Case):

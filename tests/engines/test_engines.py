@@ -214,10 +214,10 @@ async def test_an_engine_serves_the_live_module(lab_model: Path, tokenizer):
     live = AutoModelForCausalLM.from_pretrained(lab_model, dtype=torch.float32).eval()
     engine = HFEngine(live, tokenizer, ModelConfig(path=str(lab_model), device="cpu"))
     prompt, completion = [(3, 9, 1, 4)], [(9, 10)]
-    before = await engine.score(prompt, completion)
+    before = await engine.logprobs(prompt, completion)
     with torch.no_grad():
         live.model.norm.weight *= 0.5
-    assert await engine.score(prompt, completion) != before
+    assert await engine.logprobs(prompt, completion) != before
     await engine.close()
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from asking import user
-from cat_grpo.config import Config, ModelConfig, RewardConfig, ServerConfig
-from cat_grpo.engines import NoLogprobsError, Sampling
+from cat_grpo.config import Config, ModelConfig, ServerConfig
+from cat_grpo.engines import Sampling
 from cat_grpo.engines.roles import open_engine, refuse_untrainable
+from cat_grpo.errors import BadInput, Stopped
 from cat_grpo.learner.lora import ADAPTER_WEIGHTS
-from cat_grpo.records import Verdict
-from cat_grpo.method.rewards.rubric import judge_criteria
+from cat_grpo.method.rewards.judge import judge_criteria, refuse_silent_judge
 
 Reply = tuple[int, Any]
 """A status, and what becomes JSON."""
@@ -185,7 +185,7 @@ async def test_the_clients_own_retries_are_counted():
 
 async def test_servers_that_are_gone_for_good_are_an_error_and_no_answer():
     engine = open_engine(model("http://127.0.0.1:9/v1"), {})
-    with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:9"):
+    with pytest.raises(Stopped, match=r"127\.0\.0\.1:9"):
         await engine.generate([user("hi")], ONE)
     await engine.close()
 
@@ -230,18 +230,27 @@ async def test_labels_are_read_in_every_spelling():
 
 
 @pytest.mark.parametrize("without", [chat("yes"), error(400, "logprobs: not here")])
-async def test_where_no_logprobs_are_told_verdicts_are_written(without, caplog):
+async def test_a_judge_that_tells_no_logprobs_is_refused_when_it_is_opened(without):
+    with scripted(lambda *_: without) as (server,):
+        engine = open_engine(model(server), {})
+        with pytest.raises(BadInput, match=r"^reward\.verdict: label needs a judge that tells probabilities"):
+            await refuse_silent_judge(engine, Config())
+        await engine.close()
+
+
+async def test_one_reply_without_logprobs_is_one_abstention():
+    told = {"yes": math.log(0.7), "no": math.log(0.1)}
+
     def reply(_: str, body: dict) -> Reply:
-        return without if body.get("logprobs") else chat("<verdict>no</verdict>")
+        return chat("yes") if "silent" in body["messages"][-1]["content"] else chat("yes", told)
 
     with scripted(reply) as (server,):
         engine = open_engine(model(server), {})
-        with pytest.raises(NoLogprobsError):
-            await engine.read_labels([user("hi")], ("yes", "no"))
-        verdicts = await judge_criteria([("text", "criterion")], engine, RewardConfig(), "default")
+        questions = [("text", "criterion"), ("silent", "criterion"), ("text", "another")]
+        verdicts = await judge_criteria(questions, engine, Config())
         await engine.close()
-    assert verdicts == [Verdict(False, None)]
-    assert "the judge writes its verdicts" in caplog.text
+    assert [verdict.satisfied for verdict in verdicts] == [True, None, True]
+    assert len(server.asked) == 3  # nothing is asked again in another way
 
 
 async def test_adapters_are_loaded_once_and_the_ones_before_go(lab_model: Path, tmp_path: Path):

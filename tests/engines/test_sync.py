@@ -6,16 +6,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cat_grpo import opening
 from cat_grpo.config import ModelConfig
 from cat_grpo.engines import Engines, SyncError
 from cat_grpo.engines.hf import HFEngine, load_model_and_tokenizer
 from cat_grpo.engines.roles import open_engine
 from cat_grpo.engines.scripted import ScriptedEngine
 from cat_grpo.learner.lora import ADAPTER_WEIGHTS, add_adapters
+from cat_grpo.run import opening
+from cat_grpo.run.observing import Observer
 from cat_grpo.run.opening import open_loop
 from cat_grpo.settings import load_config
-from cat_grpo.run.step import train_step
+from cat_grpo.run.step import run_step
 from cat_grpo.engines.sync import Probe, check_sync, make_probes, send_weights
 
 PROBES = [Probe("one", (5, 6, 7), (8, 9)), Probe("two", (9, 8), (7, 6, 5))]
@@ -77,8 +78,8 @@ async def test_adapters_stay_where_a_server_that_starts_anew_finds_them(config: 
 
 async def test_the_first_probe_that_is_off_is_named_with_its_gap():
     class Off(ScriptedEngine):
-        async def score(self, prompts, completions):
-            exact = await super().score(prompts, completions)
+        async def logprobs(self, prompts, completions):
+            exact = await super().logprobs(prompts, completions)
             return [exact[0], tuple(logprob - 0.25 for logprob in exact[1])]
 
     learner, engine = ScriptedEngine(lambda *_: ""), Off(lambda *_: "")
@@ -89,7 +90,7 @@ async def test_the_first_probe_that_is_off_is_named_with_its_gap():
 
 async def test_a_gap_that_is_no_number_is_a_gap():
     class Lost(ScriptedEngine):
-        async def score(self, prompts, completions):
+        async def logprobs(self, prompts, completions):
             return [(float("nan"),) * len(completion) for completion in completions]
 
     with pytest.raises(SyncError, match="on one"):
@@ -103,34 +104,32 @@ def test_a_probe_is_a_prompt_in_two_halves():
 SETTINGS = ["train.problems_per_step=4", "train.steps=2", "learner.learning_rate=1e-3"]
 
 
-async def loop_with_an_engine_of_its_own(run: Path, monkeypatch, engine: HFEngine):
+def loop_with_an_engine_of_its_own(run: Path, monkeypatch, engine: HFEngine):
     async def roles(config, live, secrets) -> Engines:
         return Engines(engine, live, live)
 
     monkeypatch.setattr(opening, "open_roles", roles)
-    return await open_loop(load_config("lab-verifiable", None, SETTINGS), run)
+    return open_loop(load_config("lab-verifiable", None, SETTINGS), run)
 
 
 async def test_every_update_reaches_the_policys_engine(tmp_path: Path, monkeypatch, config: ModelConfig):
-    loop = await loop_with_an_engine_of_its_own(tmp_path, monkeypatch, HFEngine.open(config))
-    for step in range(2):
-        metrics = await train_step(loop, step)
-        assert metrics["policy/sync_gap"] == 0.0
-        assert metrics["policy/sampler_gap"] < 1e-4  # the rollouts were the learner's
-    await loop.close()
+    async with loop_with_an_engine_of_its_own(tmp_path, monkeypatch, HFEngine.open(config)) as loop:
+        for step in range(2):
+            metrics = await run_step(loop, step, Observer())
+            assert metrics["policy/sync_gap"] == 0.0
+            assert metrics["policy/sampler_gap"] < 1e-4  # the rollouts were the learner's
 
 
 async def test_a_run_whose_engine_does_not_take_the_weights_stops(tmp_path, monkeypatch, config: ModelConfig):
-    """And goes on from its last checkpoint: the step is not recorded."""
+    """And is resumed from its last checkpoint: the step is not recorded."""
 
     class Deaf(HFEngine):
         async def load_weights(self, checkpoint: Path) -> None: ...
 
-    loop = await loop_with_an_engine_of_its_own(tmp_path, monkeypatch, Deaf.open(config))
-    with pytest.raises(SyncError, match="does not have the learner's weights: on the prompt of problem"):
-        await train_step(loop, 0)
-    assert loop.run.metrics() == [] and loop.next_step == 0
-    await loop.close()
+    async with loop_with_an_engine_of_its_own(tmp_path, monkeypatch, Deaf.open(config)) as loop:
+        with pytest.raises(SyncError, match="does not have the learner's weights: on the prompt of problem"):
+            await run_step(loop, 0, Observer())
+        assert loop.run.metrics() == [] and loop.next_step == 0
 
 
 async def test_an_engine_that_never_had_the_weights_stops_the_run_at_its_start(tmp_path, monkeypatch, config):
@@ -141,4 +140,5 @@ async def test_an_engine_that_never_had_the_weights_stops_the_run_at_its_start(t
     with torch.no_grad():
         model.get_input_embeddings().weight *= 1.1
     with pytest.raises(SyncError):
-        await loop_with_an_engine_of_its_own(tmp_path, monkeypatch, Deaf(model, tokenizer, config))
+        async with loop_with_an_engine_of_its_own(tmp_path, monkeypatch, Deaf(model, tokenizer, config)):
+            pass

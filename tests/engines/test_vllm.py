@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from cat_grpo.config import ModelConfig
 from cat_grpo.engines import Sampling, SyncError
 from cat_grpo.engines.hf import HFEngine, load_model_and_tokenizer
 from cat_grpo.learner.lora import add_adapters
+from cat_grpo.run.observing import Observer
 from cat_grpo.run.opening import open_loop
 from cat_grpo.settings import load_config
-from cat_grpo.run.step import Loop, train_step
+from cat_grpo.run.step import Loop, run_step
 from cat_grpo.engines.sync import check_sync, make_probes, send_weights
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]  # a vLLM lives in one event loop
@@ -23,10 +25,10 @@ pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]  # a v
 GREEDY = Sampling(max_tokens=60, temperature=0.0)
 
 
-async def small_loop(run: Path, *overrides: str) -> Loop:
+def small_loop(run: Path, *overrides: str) -> AbstractAsyncContextManager[Loop]:
     small = ["model.engine=vllm", "model.device=cpu", "learner.learning_rate=1e-3"]
     small += ["train.problems_per_step=8", "train.shard_size=4", "train.steps=3"]
-    return await open_loop(load_config("lab-verifiable", None, [*small, *overrides]), run)
+    return open_loop(load_config("lab-verifiable", None, [*small, *overrides]), run)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -34,9 +36,8 @@ async def loop(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Loop]:
     """Engines take long to start: tests in a row share them, and first give the policy its weights."""
-    loop = await small_loop(tmp_path_factory.mktemp("run"), *request.param)
-    yield loop
-    await loop.close()
+    async with small_loop(tmp_path_factory.mktemp("run"), *request.param) as loop:
+        yield loop
 
 
 with_whole_weights = pytest.mark.parametrize("loop", [()], ids=["whole"], indirect=True)
@@ -89,8 +90,7 @@ async def test_whole_weights_are_trained_beside_an_anchor_until_the_sync_is_brok
     await two_steps(loop)
     monkeypatch.setattr(loop.engines.policy._llm, "collective_rpc", nothing)  # type: ignore[attr-defined]
     with pytest.raises(SyncError, match="on the prompt of problem"):
-        await train_step(loop, 2)
-    assert len(loop.run.metrics()) == 2
+        await run_step(loop, 2, Observer())
 
 
 @with_adapters
@@ -121,7 +121,7 @@ async def test_one_engine_is_every_role_where_adapters_are_trained(loop: Loop):
 
 async def two_steps(loop: Loop) -> None:
     for step in range(2):
-        metrics = await train_step(loop, step)
+        metrics = await run_step(loop, step, Observer())
         assert metrics["policy/sync_gap"] < 1e-4
         assert metrics["policy/sampler_gap"] < 1e-3
         assert metrics["engine/rollouts_tokens_per_s"] > 0

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from cat_grpo.config import Config
+from cat_grpo.run.observing import Observer
 from cat_grpo.run.opening import open_loop
 from cat_grpo.settings import load_config
-from cat_grpo.run.step import Loop, train_step
+from cat_grpo.run.step import Loop, run_step
 from serving import Server, free_port, start
 
 pytestmark = pytest.mark.vllm
@@ -44,24 +45,21 @@ async def test_a_server_killed_amid_a_step_loses_nothing(lab_model: Path, tmp_pa
     port = free_port()
     with start(lab_model) as steady, start(lab_model, port) as doomed:
         assert steady.is_ready() and doomed.is_ready()
-        loop = await open_loop(pool_config([steady, doomed]), tmp_path / "run")
-        try:
+        async with open_loop(pool_config([steady, doomed]), tmp_path / "run") as loop:
             killer = asyncio.create_task(kill_at_work(doomed, loop))
-            first = await train_step(loop, 0)
+            first = await run_step(loop, 0, Observer())
             await killer
-            scored = loop.run.read_step(0)
-            assert len({group.group.problem.id for group in scored}) == 8
-            assert all(len(group.group.rollouts) == 8 for group in scored)
-            assert all(rollout.token_ids for group in scored for rollout in group.group.rollouts)
+            rewarded = loop.run.read_step(0)
+            assert len({group.group.problem.id for group in rewarded}) == 8
+            assert all(len(group.group.rollouts) == 8 for group in rewarded)
+            assert all(rollout.token_ids for group in rewarded for rollout in group.group.rollouts)
             assert first["reward/dropped_frac"] == 0.0
             assert first["policy/sync_gap"] < 1e-3
             assert sum(first.get(f"engine/{stage}_retries", 0) for stage in ("rollouts", "references")) > 0
             with start(lab_model, port) as again:
                 assert again.is_ready()
-                second = await train_step(loop, 1)
+                second = await run_step(loop, 1, Observer())
             assert second["policy/sampler_gap"] < 1e-3
-        finally:
-            await loop.close()
 
 
 async def kill_at_work(server: Server, loop: Loop) -> None:

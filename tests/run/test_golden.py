@@ -2,7 +2,7 @@
 
 Record anew, after a change that is meant to change them or with another lab model:
 
-    OMP_NUM_THREADS=1 python tests/test_golden.py
+    OMP_NUM_THREADS=1 python tests/run/test_golden.py
 """
 
 import asyncio
@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from cat_grpo.lab.problems import labelled_rows, unlabelled, write_problems
-from cat_grpo.run.opening import open_loop
+from cat_grpo.run.train import train
 from cat_grpo.settings import load_config
 from cat_grpo.shipped import shipped
-from cat_grpo.run.step import train_step
 
 GOLDEN = Path(__file__).with_name("golden.json")
 FIGURES = ("reward/mean", "policy/loss", "policy/grad_norm", "policy/entropy")
@@ -42,13 +41,11 @@ async def trajectory(lab_model: Path, folder: Path) -> dict:
         "train.problems_per_step=4",
         "train.shard_size=2",
     ]
-    loop = await open_loop(load_config("lab-verifiable", overrides=overrides), folder / "run")
-    steps = [await train_step(loop, step) for step in range(3)]
-    first = loop.run.read_groups(0, 0)[0].rollouts[0]
-    await loop.close()
+    run = await train(load_config("lab-verifiable", overrides=overrides), folder / "run")
+    first = run.read_groups(0, 0)[0].rollouts[0]
     return {
         "first_rollout": list(first.token_ids),
-        "steps": [{name: float(f"{metrics[name]:.6g}") for name in FIGURES} for metrics in steps],
+        "steps": [{name: float(f"{metrics[name]:.6g}") for name in FIGURES} for metrics in run.metrics()],
     }
 
 

@@ -4,15 +4,15 @@ import itertools
 
 import pytest
 
+from cat_grpo.records import Problem
 from cat_grpo.run.order import (
     Change,
+    ProblemOrder,
     change_lines,
     changes_with,
-    ids_of_step,
     read_changes,
     rollout_keys,
 )
-from cat_grpo.records import Problem
 
 
 def ids(n: int, prefix: str = "p") -> tuple[str, ...]:
@@ -20,7 +20,8 @@ def ids(n: int, prefix: str = "p") -> tuple[str, ...]:
 
 
 def steps(changes, num_steps: int, per_step: int, seed: int = 0) -> list[list[str]]:
-    return [ids_of_step(tuple(changes), step, per_step, seed) for step in range(num_steps)]
+    order = ProblemOrder(changes, per_step, seed)
+    return [order.ids_of(step) for step in range(num_steps)]
 
 
 def test_a_problem_that_comes_again_in_a_step_is_seeded_anew():
@@ -48,9 +49,11 @@ def test_steps_and_epochs_and_seeds_have_orders_of_their_own():
 
 def test_a_step_does_not_depend_on_which_was_asked_before():
     changes = (Change(0, ids(10)), Change(2, ids(3, "q"), ("p1",)))
-    forwards = [ids_of_step(changes, step, 4, 3) for step in range(8)]
-    backwards = [ids_of_step(changes, step, 4, 3) for step in reversed(range(8))]
+    order = ProblemOrder(changes, 4, 3)
+    forwards = [order.ids_of(step) for step in range(8)]
+    backwards = [order.ids_of(step) for step in reversed(range(8))]
     assert forwards == backwards[::-1]
+    assert ProblemOrder(changes, 4, 3).ids_of(5) == forwards[5]
 
 
 def test_what_comes_amid_an_epoch_is_taken_at_its_end_and_once():

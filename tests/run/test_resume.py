@@ -1,6 +1,6 @@
 """A run that was killed and started again is the run that was not: the same weights, bit for bit.
 
-`python tests/test_resume.py RUN [key=value ...]` is the command that the tests start and kill.
+`python tests/run/test_resume.py RUN [key=value ...]` is the command that the tests start and kill.
 """
 
 import asyncio
@@ -11,32 +11,31 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from cat_grpo.errors import BadInput
 from cat_grpo.lab.problems import labelled_rows, unlabelled, write_problems
 from cat_grpo.learner.learner import NotFiniteError
 from cat_grpo.run.opening import open_loop
+from cat_grpo.run.step import Loop
+from cat_grpo.run.train import train
 from cat_grpo.settings import load_config
-from cat_grpo.run.step import Loop, train_step
 
 STEPS, CHECKPOINT_EVERY, NUM_SHARDS = 7, 2, 2
-STAGES = ("rollouts", "references", "scores")
-
-
-async def loop_of(run: Path, overrides: Sequence[str]) -> Loop:
-    return await open_loop(load_config("lab-verifiable", overrides=overrides), run)
+STAGES = ("rollouts", "references", "rewards")
 
 
 async def walk(run: Path, overrides: Sequence[str]) -> None:
-    """What the flow does, without Prefect."""
-    loop = await loop_of(run, overrides)
-    for step in range(loop.next_step, loop.config.train.steps):
-        await train_step(loop, step)
-    await loop.close()
+    await train(load_config("lab-verifiable", overrides=overrides), run)
+
+
+def loop_of(run: Path, overrides: Sequence[str]) -> AbstractAsyncContextManager[Loop]:
+    return open_loop(load_config("lab-verifiable", overrides=overrides), run)
 
 
 @pytest.fixture(scope="module")
@@ -168,42 +167,40 @@ def test_another_seed_is_another_run(tmp_path: Path, settings: list[str], uninte
 async def test_other_settings_are_refused_in_one_line(settings, uninterrupted: Path, override: str):
     key = override.partition("=")[0]
     before = (uninterrupted / "config.json").read_bytes()
-    with pytest.raises(ValueError, match=rf"config\.json: {key}: the run was started with") as error:
-        await loop_of(uninterrupted, [*settings, override])
+    with pytest.raises(BadInput, match=rf"config\.json: {key}: the run was started with") as error:
+        await walk(uninterrupted, [*settings, override])
     assert "\n" not in str(error.value)
     assert (uninterrupted / "config.json").read_bytes() == before
 
 
 async def test_a_stage_reads_the_file_of_the_one_before(tmp_path: Path, settings: list[str]):
-    loop = await loop_of(tmp_path, settings)
-    await loop.rollouts(0, 0)
-    group, other = loop.run.read_groups(0, 0)
-    changed = replace(group.rollouts[0], text=r"The sums are \boxed{1, 2, 3, 4}.")
-    loop.run.write_groups(0, 0, [replace(group, rollouts=(changed, *group.rollouts[1:])), other])
-    await loop.rollouts(0, 0)  # is there already
-    await loop.references(0, 0)
-    await loop.scores(0, 0)
-    assert r"\boxed{1, 2, 3, 4}" in loop.run.read_references(0, 0)[0].prompt
-    assert loop.run.read_scored(0, 0)[0].scores[0].answer == "1, 2, 3, 4"
-    await loop.close()
+    async with loop_of(tmp_path, settings) as loop:
+        await loop.rollouts(0, 0)
+        group, other = loop.run.read_groups(0, 0)
+        changed = replace(group.rollouts[0], text=r"The sums are \boxed{1, 2, 3, 4}.")
+        loop.run.write_groups(0, 0, [replace(group, rollouts=(changed, *group.rollouts[1:])), other])
+        await loop.rollouts(0, 0)  # is there already
+        await loop.references(0, 0)
+        await loop.rewards(0, 0)
+        assert r"\boxed{1, 2, 3, 4}" in loop.run.read_references(0, 0)[0].prompt
+        assert loop.run.read_rewarded(0, 0)[0].rewards[0].answer == "1, 2, 3, 4"
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.01])
 async def test_what_is_not_finite_stops_the_run_before_the_step(tmp_path, settings, kl_coef: float):
-    loop = await loop_of(tmp_path, [*settings, f"learner.kl_coef={kl_coef}"])
-    for shard in range(NUM_SHARDS):
-        for stage in (loop.rollouts, loop.references, loop.scores):
-            await stage(0, shard)
-    with torch.no_grad():
-        loop.learner.model.get_output_embeddings().weight[0, 0] = torch.nan
-    with pytest.raises(NotFiniteError, match="step 0: ") as error:
-        await loop.update(0)
-    (rejected,) = loop.run.step_folder(0).glob("*.pt")
-    assert str(rejected) in str(error.value)
-    assert len(torch.load(rejected)["rows"]) == 16  # 4 problems of 4 rollouts
-    assert loop.run.metrics() == []
-    assert loop.next_step == 0
-    await loop.close()
+    async with loop_of(tmp_path, [*settings, f"learner.kl_coef={kl_coef}"]) as loop:
+        for shard in range(NUM_SHARDS):
+            for stage in (loop.rollouts, loop.references, loop.rewards):
+                await stage(0, shard)
+        with torch.no_grad():
+            loop.learner.model.get_output_embeddings().weight[0, 0] = torch.nan
+        with pytest.raises(NotFiniteError, match="step 0: ") as error:
+            await loop.update(0)
+        (rejected,) = loop.run.step_folder(0).glob("*.pt")
+        assert str(rejected) in str(error.value)
+        assert len(torch.load(rejected)["rows"]) == 16  # 4 problems of 4 rollouts
+        assert loop.run.metrics() == []
+        assert loop.next_step == 0
 
 
 if __name__ == "__main__":

@@ -3,15 +3,18 @@
 import hashlib
 import itertools
 import json
+import shutil
 
 import pytest
 
-from cat_grpo import rundir
 from cat_grpo.config import Config
+from cat_grpo.errors import BadInput
+from cat_grpo.files import seed_of, write_whole
+from cat_grpo.method.prompts import set_folder, template_hashes
+from cat_grpo.records import Completion, Group, Problem, Reference, RewardedGroup, RolloutReward
+from cat_grpo.run import tables
+from cat_grpo.run.rundir import RunDir
 from cat_grpo.settings import load_config
-from cat_grpo.method.prompts import prompt_hashes
-from cat_grpo.records import Completion, Group, Problem, Reference, RolloutScore, ScoredGroup
-from cat_grpo.run.rundir import RunDir, seed_of, write_whole
 
 
 def problems(n: int) -> list[Problem]:
@@ -26,20 +29,20 @@ def opened(path, *overrides: str, num_problems: int = 3) -> RunDir:
     return RunDir.open(path, load_config("lab-verifiable", overrides=overrides), problems(num_problems))
 
 
-def scored_group(name: str, reward: float | None) -> ScoredGroup:
+def rewarded_group(name: str, reward: float | None) -> RewardedGroup:
     group = Group(
         Problem(name, ({"role": "user", "content": "Q?"},), "verifiable"),
         (1,),
         (Completion("x", (2,), (-0.5,), "stop"),) * 2,
     )
-    reference = Reference(name, "x", "synthesis", "prompt", 1, "stop", None, 0)
-    return ScoredGroup(group, reference, None, (RolloutScore(reward, 0.0, None, ()),) * 2)
+    reference = Reference("x", prompt="prompt", num_tokens=1, finish_reason="stop", problem_id=name)
+    return RewardedGroup(group, reference, None, (RolloutReward(reward),) * 2)
 
 
-def write_scored(run: RunDir, step: int, shard: int, scored: list[ScoredGroup]) -> None:
-    run.write_groups(step, shard, [s.group for s in scored])
-    run.write_references(step, shard, [s.reference for s in scored])
-    run.write_scores(step, shard, scored)
+def write_rewarded(run: RunDir, step: int, shard: int, rewarded: list[RewardedGroup]) -> None:
+    run.write_groups(step, shard, [s.group for s in rewarded])
+    run.write_references(step, shard, [s.reference for s in rewarded])
+    run.write_rewards(step, shard, rewarded)
 
 
 # Seeds
@@ -76,46 +79,46 @@ def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path):
 
 
 def test_a_table_that_fails_half_way_is_not_there(tmp_path, monkeypatch):
-    def half(rows, schema, path) -> None:
+    def half(table, path, **_: object) -> None:
         path.write_bytes(b"PAR1 and then the power went")
         raise KeyboardInterrupt
 
     run = opened(tmp_path / "run")
-    monkeypatch.setattr(rundir, "write_table", half)
+    monkeypatch.setattr(tables.pq, "write_table", half)
     with pytest.raises(KeyboardInterrupt):
-        run.write_scores(0, 0, [scored_group("p", 1.0)])
-    assert not run.stage_file(0, "scores", 0).exists()
+        run.write_rewards(0, 0, [rewarded_group("p", 1.0)])
+    assert not run.stage_file(0, "rewards", 0).exists()
     assert run.read_step(0) == []
 
 
 def test_a_shard_comes_back_as_it_was_written(tmp_path):
     run = opened(tmp_path / "run")
-    first, second = [scored_group("a", 1.0), scored_group("b", None)], [scored_group("c", 0.25)]
-    write_scored(run, 12, 1, second)
-    write_scored(run, 12, 0, first)
-    assert run.read_scored(12, 1) == second
+    first, second = [rewarded_group("a", 1.0), rewarded_group("b", None)], [rewarded_group("c", 0.25)]
+    write_rewarded(run, 12, 1, second)
+    write_rewarded(run, 12, 0, first)
+    assert run.read_rewarded(12, 1) == second
     assert run.read_step(12) == first + second
     assert sorted(path.name for path in (tmp_path / "run" / "steps" / "000012").iterdir()) == [
-        *("references-00.parquet", "references-01.parquet", "rollouts-00.parquet"),
-        *("rollouts-01.parquet", "scores-00.parquet", "scores-01.parquet"),
+        *("references-00.parquet", "references-01.parquet", "rewards-00.parquet"),
+        *("rewards-01.parquet", "rollouts-00.parquet", "rollouts-01.parquet"),
     ]
 
 
 def test_shards_are_read_in_the_order_of_their_numbers(tmp_path):
     run = opened(tmp_path / "run")
-    shards = [[scored_group(f"p{i}", 1.0)] for i in range(102)]
+    shards = [[rewarded_group(f"p{i}", 1.0)] for i in range(102)]
     for i, shard in enumerate(shards):
-        write_scored(run, 0, i, shard)
+        write_rewarded(run, 0, i, shard)
     assert run.read_step(0) == [group for shard in shards for group in shard]
 
 
 def test_the_first_groups_are_read_from_as_few_shards_as_hold_them(tmp_path):
     run = opened(tmp_path / "run")
     size = run.config.shard_size
-    shards = [[scored_group(f"{shard} {i}", 1.0) for i in range(size)] for shard in range(3)]
+    shards = [[rewarded_group(f"{shard} {i}", 1.0) for i in range(size)] for shard in range(3)]
     for i, shard in enumerate(shards):
-        write_scored(run, 0, i, shard)
-    run.stage_file(0, "scores", 2).write_bytes(b"not read")
+        write_rewarded(run, 0, i, shard)
+    run.stage_file(0, "rewards", 2).write_bytes(b"not read")
     assert run.read_step(0, size + 1) == [*shards[0], shards[1][0]]
     assert run.read_step(0, 2 * size) == [*shards[0], *shards[1]]
 
@@ -124,11 +127,32 @@ def test_metrics_come_back_as_they_were(tmp_path):
     run = opened(tmp_path / "run")
     assert run.metrics() == []
     history = [{"step": 0.0, "reward/mean": 1 / 3}, {"step": 1.0, "reward/mean": 1e-300}]
-    run.write_metrics(history)
+    for metrics in history:
+        run.add_metrics(metrics)
     assert run.metrics() == history
-    run.write_metrics([history[0], {"step": 1.0}])  # a step that is done again
-    assert run.metrics() == [history[0], {"step": 1.0}]
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_line_more_leaves_the_others_where_they_are(tmp_path):
+    """So the time that it takes does not grow with the history."""
+    run = opened(tmp_path / "run")
+    run.add_metrics({"step": 0.0})
+    path = tmp_path / "run" / "metrics.jsonl"
+    before, text = path.stat().st_ino, path.read_text()
+    run.add_metrics({"step": 1.0})
+    assert path.stat().st_ino == before
+    assert path.read_text() == text + '{"step": 1.0}\n'
+
+
+def test_the_lines_of_steps_that_are_done_again_are_dropped(tmp_path):
+    run = opened(tmp_path / "run")
+    assert run.cut_metrics(2) == []
+    for step in range(4):
+        run.add_metrics({"step": float(step)})
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4.0, "rew')  # a process was killed there
+    kept = [{"step": 0.0}, {"step": 1.0}]
+    assert run.cut_metrics(2) == kept
+    assert run.metrics() == kept
 
 
 # What a run is
@@ -138,7 +162,7 @@ def test_the_manifest_says_what_went_in(tmp_path):
     opened(tmp_path / "run", "train.seed=4")
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["prompt_set"] == "lab"
-    assert manifest["prompt_hashes"] == prompt_hashes("lab")
+    assert manifest["prompt_hashes"] == template_hashes("lab", ("solve_verifiable", "synthesize_verifiable"))
     assert manifest["num_problems"] == 3
     assert manifest["seed"] == 4
     assert {"python", "torch", "transformers", "prefect"} <= set(manifest["versions"])
@@ -177,9 +201,11 @@ def test_the_config_is_kept_whole(tmp_path):
         ("rollout.temperature=0.5", "rollout.temperature: the run was started with 1.0"),
         ("model.path=other", 'model.path: the run was started with "lab"'),
         ("judge.path=other", "judge.path: the run was started with null"),
+        ("reward.verifiable.agreement=0.5", "reward.verifiable.agreement: the run was started with 1.0"),
+        ("reward.verifiable.format=0.1", "reward.verifiable.agreement: the run was started with 1.0"),
         ("prompts=default", 'prompts: the run was started with "lab"'),
         ("data.kind=open", "data.kind: the run was started with null"),
-        ("reference.aggregator=majority", 'reference.aggregator: the run was started with "synthesis"'),
+        ("reference.estimator=majority", 'reference.estimator: the run was started with "synthesis"'),
         ("reward.equivalence=math", 'reward.equivalence: the run was started with "string"'),
         ("train.seed=1", "train.seed: the run was started with 0"),
         ("train.problems_per_step=8", "train.problems_per_step: the run was started with 32"),
@@ -190,23 +216,37 @@ def test_the_config_is_kept_whole(tmp_path):
         ),
     ],
 )
-def test_a_run_is_not_gone_on_with_under_other_settings(tmp_path, override, difference):
+def test_a_run_is_not_resumed_under_other_settings(tmp_path, override, difference):
     opened(tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(BadInput) as error:
         opened(tmp_path / "run", override)
     assert str(error.value).startswith(f"{tmp_path / 'run' / 'config.json'}: {difference}; ")
     assert "\n" not in str(error.value)
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
-def test_a_setting_that_the_run_does_not_have_is_another_even_as_none(tmp_path):
+def test_a_setting_that_the_run_does_not_have_yet_had_its_default(tmp_path):
+    """So a release that adds one can resume every run."""
     opened(tmp_path / "run")
     path = tmp_path / "run" / "config.json"
     settings = json.loads(path.read_text())
-    assert settings["data"].pop("kind") is None
+    assert settings["rollout"].pop("top_k") == 0
+    assert settings.pop("budget")
     path.write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=r"config\.json: data: the run was started with \{"):
+    with pytest.raises(BadInput, match=r"config\.json: rollout\.top_k: the run was started with 0"):
+        opened(tmp_path / "run", "rollout.top_k=5")
+    opened(tmp_path / "run")
+    assert json.loads(path.read_text())["rollout"]["top_k"] == 0
+
+
+def test_a_setting_that_is_none_of_this_release_is_named(tmp_path):
+    opened(tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    settings = json.loads(path.read_text())
+    settings["rollout"]["beam_width"] = 4
+    path.write_text(json.dumps(settings))
+    with pytest.raises(BadInput, match=r"run/config\.json: rollout\.beam_width: "):
         opened(tmp_path / "run")
 
 
@@ -217,18 +257,46 @@ def test_a_setting_that_the_run_does_not_have_is_another_even_as_none(tmp_path):
         *("train.validation=held_out.jsonl", "train.validation_limit=5"),
     ],
 )
-def test_how_long_a_run_goes_on_may_change(tmp_path, override):
+def test_how_long_a_run_lasts_may_change(tmp_path, override):
     opened(tmp_path / "run")
     run = opened(tmp_path / "run", override)
     assert run.config == load_config("lab-verifiable", overrides=[override])
     assert RunDir(tmp_path / "run").config == run.config
 
 
-def test_a_run_is_not_gone_on_with_under_other_prompts(tmp_path, monkeypatch):
-    opened(tmp_path / "run")
-    monkeypatch.setattr("cat_grpo.run.rundir.prompt_hashes", lambda prompt_set: {"judge_label": "another"})
-    with pytest.raises(ValueError, match=r"manifest\.json: prompt_hashes: "):
-        opened(tmp_path / "run")
+def own_prompts(folder) -> str:
+    shutil.copytree(set_folder("lab"), folder)
+    return f"prompts={folder}"
+
+
+def test_a_run_is_not_resumed_under_other_prompts(tmp_path):
+    prompts = own_prompts(tmp_path / "prompts")
+    opened(tmp_path / "run", prompts)
+    (tmp_path / "prompts" / "synthesize_verifiable.txt").write_text("Other words.")
+    with pytest.raises(BadInput, match=r"manifest\.json: synthesize_verifiable\.txt has changed"):
+        opened(tmp_path / "run", prompts)
+
+
+def test_templates_that_the_run_does_not_use_may_come_and_change_and_go(tmp_path):
+    prompts = own_prompts(tmp_path / "prompts")
+    opened(tmp_path / "run", prompts)
+    (tmp_path / "prompts" / "rank.txt").write_text("A template of a later release.")
+    (tmp_path / "prompts" / "judge_xml.txt").write_text("Other words.")
+    (tmp_path / "prompts" / "propose_rubric.txt").unlink()
+    opened(tmp_path / "run", prompts)
+
+
+def test_a_template_that_the_run_has_not_used_yet_is_known_from_then_on(tmp_path):
+    prompts = own_prompts(tmp_path / "prompts")
+    opened(tmp_path / "run", prompts)
+    manifest = tmp_path / "run" / "manifest.json"
+    saved = json.loads(manifest.read_text())
+    del saved["prompt_hashes"]["synthesize_verifiable"]  # as if an earlier release had not filled it in
+    manifest.write_text(json.dumps(saved))
+    opened(tmp_path / "run", prompts)
+    (tmp_path / "prompts" / "synthesize_verifiable.txt").write_text("Other words.")
+    with pytest.raises(BadInput, match=r"synthesize_verifiable\.txt has changed"):
+        opened(tmp_path / "run", prompts)
 
 
 def test_the_data_may_grow(tmp_path):

@@ -5,7 +5,8 @@ import math
 import pytest
 
 from cat_grpo.config import TrainConfig
-from cat_grpo.run.stopping import SCORE, WINDOW, alarm, is_best, label_free_score
+from cat_grpo.metrics import SCORE, WINDOW
+from cat_grpo.run.stopping import alarm, is_best, label_free_score
 
 CALM = TrainConfig(max_consensus=0.875, max_failure_frac=0.5, patience=2)
 

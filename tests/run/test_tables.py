@@ -10,22 +10,22 @@ from cat_grpo.records import (
     Group,
     Problem,
     Reference,
-    RolloutScore,
+    RewardedGroup,
+    RolloutReward,
     Rubric,
-    ScoredGroup,
     Verdict,
 )
 from cat_grpo.run.tables import (
     REFERENCES,
+    REWARDS,
     ROLLOUTS,
-    SCORES,
     group_rows,
     groups_from,
     read_table,
     reference_rows,
     references_from,
-    score_rows,
-    scored_from,
+    reward_rows,
+    rewarded_from,
     write_table,
 )
 
@@ -57,31 +57,45 @@ GROUPS = [
     ),
 ]
 REFERENCE_LIST = [
-    Reference("a", r"So \boxed{½}", "synthesis", "prompt 漢", 7, "stop", "½", 3),
-    Reference("Ä/1 \n", None, "synthesis", "", 64, "length", None, 0),
-    Reference("1", "", "majority", "", 0, None, None, 0),
+    Reference(
+        text=r"So \boxed{½}",
+        answer="½",
+        token_ids=(3, 151_935),
+        written=r"So \boxed{½}",
+        prompt="prompt 漢",
+        num_tokens=7,
+        finish_reason="stop",
+        problem_id="a",
+        estimator="synthesis",
+        majority="½",
+        num_votes=3,
+    ),
+    Reference(
+        None, refused="cut off", written="And", num_tokens=64, finish_reason="length", problem_id="Ä/1 \n"
+    ),
+    Reference("", chosen=1, problem_id="1", estimator="majority"),
 ]
-SCORED = [
-    ScoredGroup(
+REWARDED = [
+    RewardedGroup(
         GROUPS[0],
         REFERENCE_LIST[0],
         None,
         (
-            RolloutScore(1.0, 0.0, "½", ()),
-            RolloutScore(0.0, 1.0, None, ()),
-            *[RolloutScore(None, 0.5, "", ())] * 3,
+            RolloutReward(1.0, parts={"agreement": 1.0, "own:é": 0.1}, agrees=True, answer="½"),
+            RolloutReward(0.0, 1.0, {"agreement": 0.0, "own:é": None}, agrees=False),
+            *[RolloutReward(None, 0.5, answer="")] * 3,
         ),
     ),
-    ScoredGroup(
+    RewardedGroup(
         GROUPS[1],
         REFERENCE_LIST[1],
         Rubric(("Says é.", 'Says "b".')),
         (
-            RolloutScore(1 / 3, 0.0, None, (Verdict(True, 1 / 3), Verdict(None, None))),
-            RolloutScore(None, 0.0, None, (Verdict(None, 0.5), Verdict(False, None))),
+            RolloutReward(1 / 3, verdicts=(Verdict(True, 1 / 3), Verdict(None, None))),
+            RolloutReward(None, verdicts=(Verdict(None, 0.5), Verdict(False, None))),
         ),
     ),
-    ScoredGroup(GROUPS[2], REFERENCE_LIST[2], Rubric(()), (RolloutScore(None, 0.0, None, ()),) * 2),
+    RewardedGroup(GROUPS[2], REFERENCE_LIST[2], Rubric(()), (RolloutReward(None),) * 2),
 ]
 
 
@@ -99,13 +113,13 @@ def test_references_come_back_as_they_were(tmp_path):
     assert references_from(rows) == REFERENCE_LIST
 
 
-def test_scores_come_back_as_they_were(tmp_path):
-    rows = through_a_file(score_rows(SCORED), SCORES, tmp_path)
-    assert scored_from(rows, GROUPS, REFERENCE_LIST) == SCORED
+def test_rewards_come_back_as_they_were(tmp_path):
+    rows = through_a_file(reward_rows(REWARDED), REWARDS, tmp_path)
+    assert rewarded_from(rows, GROUPS, REFERENCE_LIST) == REWARDED
 
 
 def test_a_reward_of_nothing_stays_apart_from_zero(tmp_path):
-    rows = through_a_file(score_rows(SCORED), SCORES, tmp_path)
+    rows = through_a_file(reward_rows(REWARDED), REWARDS, tmp_path)
     assert [row["reward"] for row in rows[:3]] == [1.0, 0.0, None]
     assert rows[0]["criteria"] is None
     assert rows[-1]["criteria"] == []
@@ -114,7 +128,7 @@ def test_a_reward_of_nothing_stays_apart_from_zero(tmp_path):
 def test_no_rows_are_a_table_too(tmp_path):
     assert groups_from(through_a_file([], ROLLOUTS, tmp_path)) == []
     assert references_from(through_a_file([], REFERENCES, tmp_path)) == []
-    assert scored_from(through_a_file([], SCORES, tmp_path), [], []) == []
+    assert rewarded_from(through_a_file([], REWARDS, tmp_path), [], []) == []
 
 
 def test_a_problem_that_comes_twice_in_a_row_stays_two_groups(tmp_path):
@@ -122,13 +136,15 @@ def test_a_problem_that_comes_twice_in_a_row_stays_two_groups(tmp_path):
     twice = [group("a", "one", "two"), group("a", "three", "four"), group("b", "five", "six")]
     assert groups_from(through_a_file(group_rows(twice), ROLLOUTS, tmp_path)) == twice
     references = [REFERENCE_LIST[0], REFERENCE_LIST[0], REFERENCE_LIST[2]]
-    scored = [
-        ScoredGroup(one, reference, None, tuple(RolloutScore(reward, 0.0, None, ()) for reward in rewards))
+    rewarded = [
+        RewardedGroup(one, reference, None, tuple(RolloutReward(reward) for reward in rewards))
         for one, reference, rewards in zip(
             twice, references, [(0.0, 0.25), (0.5, 0.75), (1.0, None)], strict=True
         )
     ]
-    assert scored_from(through_a_file(score_rows(scored), SCORES, tmp_path), twice, references) == scored
+    assert (
+        rewarded_from(through_a_file(reward_rows(rewarded), REWARDS, tmp_path), twice, references) == rewarded
+    )
 
 
 def test_one_row_a_rollout_in_order():
@@ -140,12 +156,12 @@ def test_one_row_a_rollout_in_order():
 
 
 def test_a_table_of_other_groups_is_refused(tmp_path):
-    rows = through_a_file(score_rows(SCORED), SCORES, tmp_path)
+    rows = through_a_file(reward_rows(REWARDED), REWARDS, tmp_path)
     with pytest.raises(ValueError, match="zip"):
-        scored_from(rows, GROUPS[:2], REFERENCE_LIST[:2])
+        rewarded_from(rows, GROUPS[:2], REFERENCE_LIST[:2])
 
 
 def test_no_float_is_rounded(tmp_path):
-    third = ScoredGroup(GROUPS[0], REFERENCE_LIST[0], None, (RolloutScore(1 / 3, math.pi, None, ()),) * 5)
-    (row, *_) = through_a_file(score_rows([third]), SCORES, tmp_path)
+    third = RewardedGroup(GROUPS[0], REFERENCE_LIST[0], None, (RolloutReward(1 / 3, math.pi),) * 5)
+    (row, *_) = through_a_file(reward_rows([third]), REWARDS, tmp_path)
     assert (row["reward"], row["penalty"]) == (1 / 3, math.pi)
