@@ -13,15 +13,19 @@ import pyarrow.parquet as pq
 import pytest
 from test_house import imports, room, sources
 
-from cat_grpo import batches, records
-from cat_grpo.config import Config, DataConfig
+from cat_grpo import records
+from cat_grpo.config import Config, DataConfig, ModelConfig
 from cat_grpo.data import load_problems
 from cat_grpo.engines import Engines, Sampling
 from cat_grpo.engines.scripted import ScriptedEngine
-from cat_grpo.evaluation import LabelledProblem, evaluate, load_labelled, points_f1
+from cat_grpo.errors import BadInput
+from cat_grpo.evaluation import LabelledProblem, evaluate, load_labelled, measure, points_f1
+from cat_grpo.learner import batches
+from cat_grpo.models import CARD
+from cat_grpo.records import Generation, Group, LabelRead, Messages, Problem
 from cat_grpo.settings import load_config
-from cat_grpo.records import Generation, Group, Messages, Problem
 from cat_grpo.shipped import shipped
+from scripting import never
 
 # Verifiable problems
 
@@ -35,10 +39,6 @@ def settings(*overrides: str) -> Config:
 def labelled(question: str, answer: str | None, *points: str) -> LabelledProblem:
     kind = "open" if answer is None else "verifiable"
     return LabelledProblem(Problem(question, ({"role": "user", "content": question},), kind), answer, points)
-
-
-def never(prompt: str, i: int) -> str:
-    raise AssertionError("nobody should have been asked")
 
 
 def box(answer: object) -> str:
@@ -78,7 +78,7 @@ def engines(policy: ScriptedEngine | None = None) -> Engines:
 
 
 async def test_verifiable_figures_by_hand():
-    figures = await evaluate(LABELLED, engines(), settings())
+    figures = await measure(LABELLED, engines(), settings())
     assert figures == pytest.approx(
         {
             "num_problems": 3.0,
@@ -97,7 +97,7 @@ async def test_verifiable_figures_by_hand():
 
 
 async def test_one_problem_has_a_standard_error_of_zero():
-    figures = await evaluate(LABELLED[:1], engines(), settings())
+    figures = await measure(LABELLED[:1], engines(), settings())
     assert (figures["pass@1"], figures["pass@1_se"]) == (0.5, 0.0)
 
 
@@ -106,14 +106,14 @@ async def test_answers_are_compared_as_the_config_says():
     half = [labelled("Half?", "0.5")]
     for equivalence, right in (("string", 0.0), ("math", 1.0)):
         config = settings(f"reward.equivalence={equivalence}")
-        figures = await evaluate(half, Engines(policy, policy, policy), config)
+        figures = await measure(half, Engines(policy, policy, policy), config)
         assert figures["pass@1"] == figures["maj@4"] == figures["reference_accuracy"] == right
 
 
 async def test_a_rollout_that_was_cut_off_is_wrong():
     policy = ScriptedEngine(lambda prompt, i: box(5) + " and more")
     config = settings("rollout.max_tokens=10")
-    figures = await evaluate(LABELLED[:1], engines(policy), config)
+    figures = await measure(LABELLED[:1], engines(policy), config)
     assert figures["pass@1"] == figures["pass@4"] == figures["maj@4"] == 0.0
 
 
@@ -121,7 +121,7 @@ async def test_evaluation_samples_as_training_does_and_by_its_seed():
     config = settings("rollout.temperature=0.7", "rollout.top_k=20", "rollout.max_tokens=77")
     policy = Policy()
     for seed in (0, 0, 1):
-        await evaluate(LABELLED, engines(policy), config, seed)
+        await measure(LABELLED, engines(policy), config, seed)
     first, again, other = policy.sampled
     assert first == again
     assert (first.temperature, first.top_k, first.max_tokens, first.n) == (0.7, 20, 77, 4)
@@ -131,8 +131,8 @@ async def test_evaluation_samples_as_training_does_and_by_its_seed():
 
 async def test_a_problem_keeps_its_seed_whatever_stands_beside_it():
     policy = Policy()
-    await evaluate(LABELLED, engines(policy), settings())
-    await evaluate(LABELLED[1:], engines(policy), settings())
+    await measure(LABELLED, engines(policy), settings())
+    await measure(LABELLED[1:], engines(policy), settings())
     assert policy.sampled[0].seeds[1:] == policy.sampled[1].seeds
 
 
@@ -186,7 +186,7 @@ def open_engines(reply=anchor) -> Engines:
 
 
 async def test_open_figures_by_hand():
-    figures = await evaluate(CARE, open_engines(), settings("rollout.group_size=2"))
+    figures = await measure(CARE, open_engines(), settings("rollout.group_size=2"))
     # Cough: 1/2 (one of two sentences, one of two points) and 2/3. Burn: 1 and 0.
     f1 = [(1 / 2 + 2 / 3) / 2, 1 / 2]
     reference_f1 = [1.0, 1 / 2]
@@ -213,7 +213,7 @@ async def test_what_was_never_judged_has_no_figure():
     def no_rubric(prompt: str, i: int) -> str:
         return "I cannot." if "rubric" in prompt else anchor(prompt, i)
 
-    figures = await evaluate(CARE, open_engines(no_rubric), settings("rollout.group_size=2"))
+    figures = await measure(CARE, open_engines(no_rubric), settings("rollout.group_size=2"))
     assert "rubric_reward" not in figures
     assert "rubric_reward_se" not in figures
     assert figures["reference_points_f1"] == 3 / 4
@@ -221,7 +221,7 @@ async def test_what_was_never_judged_has_no_figure():
 
 
 async def test_no_reference_makes_no_points():
-    figures = await evaluate(CARE, open_engines(lambda prompt, i: ""), settings("rollout.group_size=2"))
+    figures = await measure(CARE, open_engines(lambda prompt, i: ""), settings("rollout.group_size=2"))
     assert figures["reference_points_f1"] == 0.0
     assert figures["points_f1"] == pytest.approx((7 / 12 + 1 / 2) / 2)
 
@@ -236,10 +236,125 @@ async def test_kinds_can_be_mixed():
         ScriptedEngine(lambda prompt, i: reconcile(prompt, i) if "boxed" in prompt else anchor(prompt, i)),
         ScriptedEngine(never, judge),
     )
-    figures = await evaluate([CARE[0], LABELLED[2], CARE[1]], both, settings("rollout.group_size=2"))
+    figures = await measure([CARE[0], LABELLED[2], CARE[1]], both, settings("rollout.group_size=2"))
     assert figures["num_problems"] == 3.0
     assert figures["pass@1"] == 1 / 2
     assert figures["points_f1"] == pytest.approx((7 / 12 + 1 / 2) / 2)
+
+
+# The engines of an evaluation
+
+
+class Opened:
+    """Stands for the opening of engines: keeps which models were asked for, and who was closed."""
+
+    def __init__(self, judge: ScriptedEngine | None = None) -> None:
+        self.models: list[list[ModelConfig]] = []
+        self.closed: list[str] = []
+        self._judge = judge or ScriptedEngine(never)
+
+    async def __call__(self, models: Sequence[ModelConfig], secrets: object) -> list[ScriptedEngine]:
+        self.models.append(list(models))
+        opened = [Policy(), ScriptedEngine(reconcile), self._judge]
+        for role, engine in zip(("policy", "anchor", "judge"), opened, strict=True):
+            engine.close = self._closing(role)  # type: ignore[method-assign]
+        return opened
+
+    def _closing(self, role: str):
+        async def close() -> None:
+            self.closed.append(role)
+
+        return close
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
+    opened = Opened()
+    monkeypatch.setattr("cat_grpo.engines.roles.open_engines", opened)
+    return opened
+
+
+@pytest.fixture
+def sums(tmp_path: Path) -> Path:
+    """The verifiable problems above as a labelled file."""
+    rows = [{"id": q, "kind": "verifiable", "prompt": q, "answer": gold} for q, gold in GOLD.items()]
+    return jsonl(tmp_path / "sums.jsonl", *rows)
+
+
+class Silent(ScriptedEngine):
+    """A judge whose server tells no probabilities."""
+
+    def __init__(self) -> None:
+        super().__init__(never)
+
+    async def read_labels(self, prompts: Sequence[Messages], labels: Sequence[str]) -> list[LabelRead]:
+        return [LabelRead((0.0, 0.0), is_told=False) for _ in prompts]
+
+
+async def test_an_evaluation_opens_its_engines_measures_and_closes_them(opened: Opened, sums: Path):
+    assert await evaluate(settings(), sums) == await measure(load_labelled(sums), engines(), settings())
+    assert opened.closed == ["judge", "anchor", "policy"]
+    figures = await evaluate(settings(), sums, limit=1)
+    assert (figures["num_problems"], figures["pass@1"]) == (1.0, 0.5)
+
+
+async def test_engines_are_closed_when_the_measuring_fails(opened: Opened, sums: Path):
+    jsonl(sums, {"id": "?", "kind": "verifiable", "prompt": "Unknown to the policy?", "answer": "1"})
+    with pytest.raises(KeyError, match="Unknown to the policy"):
+        await evaluate(settings(), sums)
+    assert opened.closed == ["judge", "anchor", "policy"]
+
+
+async def test_the_anchor_is_what_a_checkpoint_was_trained_with(opened: Opened, sums: Path, tmp_path: Path):
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    ours.mkdir()
+    (ours / CARD).write_text(json.dumps({"anchor": "the base"}))
+    config = settings("model.path=mine", "judge.path=a judge")
+    paths = [
+        await evaluated(opened, config, sums, model=model, anchor=anchor)
+        for model, anchor in [(None, None), (str(other), None), (str(ours), None), (str(ours), "another")]
+    ]
+    assert paths == [
+        ["mine", "mine", "a judge"],
+        [str(other), str(other), "a judge"],
+        [str(ours), "the base", "a judge"],
+        [str(ours), "another", "a judge"],
+    ]
+    assert await evaluated(opened, settings("model.path=mine"), sums) == ["mine", "mine", "mine"]
+    config = settings("model.path=mine", "anchor.path=x", "anchor.dtype=float32")
+    await evaluate(config, sums)
+    assert [(m.path, m.dtype) for m in opened.models[-1]] == [("mine", "auto"), *[("mine", "float32")] * 2]
+
+
+async def evaluated(opened: Opened, *arguments, **named) -> list[str]:
+    """The paths of policy, anchor and judge."""
+    await evaluate(*arguments, **named)
+    return [model.path for model in opened.models[-1]]
+
+
+async def test_servers_of_one_name_cannot_stand_for_another_model(opened: Opened, sums: Path):
+    server = ["model.engine=openai", 'model.server.urls=["http://a/v1"]', "model.server.model=served"]
+    config = settings("model.path=mine", *server)
+    await evaluate(config, sums)
+    with pytest.raises(BadInput, match=r"server\.model: served cannot stand for other, too: leave it empty"):
+        await evaluate(config, sums, model="other")
+
+
+async def test_what_cannot_be_used_is_refused_before_an_engine_is_opened(opened: Opened, tmp_path: Path):
+    open_problems = jsonl(tmp_path / "open.jsonl", NOTE)
+    with pytest.raises(BadInput, match=r"reference\.estimator: 'majority': is for verifiable problems"):
+        await evaluate(settings("reference.estimator=majority"), open_problems)
+    with pytest.raises(BadInput, match="no such file"):
+        await evaluate(settings(), tmp_path / "none.jsonl")
+    assert opened.models == []
+
+
+async def test_engines_are_closed_when_the_judge_is_refused(monkeypatch, tmp_path: Path):
+    opened = Opened(Silent())
+    monkeypatch.setattr("cat_grpo.engines.roles.open_engines", opened)
+    with pytest.raises(BadInput, match=r"reward\.verdict: label needs a judge that tells probabilities"):
+        await evaluate(settings(), jsonl(tmp_path / "open.jsonl", NOTE))
+    assert opened.closed == ["judge", "anchor", "policy"]
 
 
 # Labelled files
@@ -302,14 +417,14 @@ POINTS = "points: an open problem needs a list of the points that a good text ma
 )
 def test_a_bad_row_is_named_with_its_line_and_key(tmp_path, row, message):
     path = jsonl(tmp_path / "rows.jsonl", SUM, NOTE, row)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(BadInput) as error:
         load_labelled(path)
     assert str(error.value).startswith(f"{path}:3: {message}")
     assert "\n" not in str(error.value)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"none\.jsonl: no such file"):
+    with pytest.raises(BadInput, match=r"none\.jsonl: no such file"):
         load_labelled(tmp_path / "none.jsonl")
 
 
@@ -354,7 +469,7 @@ def test_a_problem_has_no_place_for_a_gold_answer():
 
 
 TRAINED_ON = [
-    *(records.Problem, records.Group, records.Reference, records.ScoredGroup, records.RolloutScore),
+    *(records.Problem, records.Group, records.Reference, records.RewardedGroup, records.RolloutReward),
     *(batches.TrainingRow, batches.Batch, batches.MicroBatch),
 ]
 
@@ -382,42 +497,62 @@ def test_no_record_of_training_can_hold_a_labelled_problem(record):
 
 
 def test_the_walk_over_types_finds_what_is_held():
-    assert {Problem, Group, records.Verdict, records.Rubric} <= held_types(records.ScoredGroup)
+    assert {Problem, Group, records.Verdict, records.Rubric} <= held_types(records.RewardedGroup)
     assert Problem in held_types(LabelledProblem)
 
 
-TRAINING_ROOMS = ("rollouts", "references", "rewards", "rubrics", "batches", "learner", "data", "grpo")
-READERS_OF_GOLD = {"evaluate", "opening", "step", "cli"}  # a run validates on a labelled file
+READERS_OF_GOLD = {"evaluation", "run.opening", "run.step", "library", "cli"}  # a run validates on a file
+MAY_LACK_RECORDS = {
+    *("learner.attention", "learner.checkpointing", "learner.grpo", "learner.lm_head", "learner.lora"),
+    "method.equivalence",
+}
 
 
 def imported_rooms() -> dict[str, set[str]]:
-    """What each room of cat_grpo imports of cat_grpo, inside functions too."""
-    prefix = "cat_grpo."
+    """What each room of cat_grpo imports of cat_grpo, inside functions too, and the folders around that."""
     return {
         room(path): {
-            wanted.module.removeprefix(prefix) for wanted in imports(path) if wanted.module.startswith(prefix)
+            name
+            for wanted in imports(path)
+            if wanted.module.startswith("cat_grpo.")
+            for name in with_folders(wanted.module.removeprefix("cat_grpo."))
         }
         for path in sources()
     }
 
 
+def with_folders(name: str) -> list[str]:
+    """A module's name and those of its packages, which are imported with it."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+TRAINING_ROOMS = [name for name in imported_rooms() if name.split(".")[0] in ("data", "method", "learner")]
+
+
 @pytest.mark.parametrize("stage", TRAINING_ROOMS)
 def test_no_stage_of_training_can_reach_the_reader_of_gold(stage):
     graph, reached, ahead = imported_rooms(), set(), [stage]
-    assert stage in graph
     while ahead:
         name = ahead.pop()
         if name not in reached:
             reached.add(name)
             ahead += graph.get(name, ())
-    assert not reached & {"evaluate", "step"}
-    assert "records" in reached or stage == "grpo"
+    assert not reached & READERS_OF_GOLD
+    assert "records" in reached or stage in MAY_LACK_RECORDS
+
+
+def test_all_stages_of_training_are_among_those():
+    stages = {"rollouts", "cat", "references.synthesis", "references.selection"}
+    stages |= {"rewards.agreement", "rewards.rubric", "rewards.judge"}
+    assert {f"method.{stage}" for stage in stages} <= set(TRAINING_ROOMS)
+    assert {"data", "learner.batches", "learner.learner", "learner.sharded"} <= set(TRAINING_ROOMS)
 
 
 def test_only_they_know_the_reader_of_gold():
-    knowing = {name for name, known in imported_rooms().items() if "evaluate" in known}
+    knowing = {name for name, known in imported_rooms().items() if "evaluation" in known}
     assert knowing <= READERS_OF_GOLD
-    assert "step" in knowing
+    assert "run.step" in knowing
 
 
 def test_the_labs_held_out_files_have_names():

@@ -13,9 +13,9 @@ from cat_grpo.records import (
     Kind,
     Problem,
     Reference,
-    RolloutScore,
+    RewardedGroup,
+    RolloutReward,
     Rubric,
-    ScoredGroup,
     Verdict,
 )
 
@@ -27,50 +27,65 @@ def rollout(num_tokens: int, cut: bool = False) -> Completion:
     return Completion("", (0,) * num_tokens, (0.0,) * num_tokens, "length" if cut else "stop")
 
 
-def scored(
+def rewarded(
     kind: Kind,
     lengths: list[int],
-    scores: list[RolloutScore],
+    rewards: list[RolloutReward],
+    answer: str | None = None,
     text: str | None = "reference",
     majority: tuple[str | None, int] = (None, 0),
     rubric: Rubric | None = None,
     tokens: int = 10,
     cut: int | None = None,
-) -> ScoredGroup:
+) -> RewardedGroup:
     rollouts = tuple(rollout(length, i == cut) for i, length in enumerate(lengths))
     group = Group(Problem("p", ({"role": "user", "content": "?"},), kind), (1,), rollouts)
-    finish_reason = "stop" if text is not None else "length"
-    reference = Reference("p", text, "synthesis", "", tokens, finish_reason, *majority)
-    return ScoredGroup(group, reference, rubric, tuple(scores))
+    reference = Reference(
+        text,
+        answer,
+        num_tokens=tokens,
+        finish_reason="stop" if text is not None else "length",
+        majority=majority[0],
+        num_votes=majority[1],
+    )
+    return RewardedGroup(group, reference, rubric, tuple(rewards))
 
 
-def answered(*answers: str | None, right: str | None, judged: bool = True) -> list[RolloutScore]:
-    """Verifiable scores: 1 for the right answer, else 0; None when nothing was judged."""
-    return [RolloutScore(float(a == right) if judged else None, 0.0, a, ()) for a in answers]
+def answered(*answers: str | None, right: str | None) -> list[RolloutReward]:
+    """Verifiable rewards: 1 for the reference's answer, else 0; None where there is no reference."""
+    agrees = [None if right is None else answer == right for answer in answers]
+    return [
+        RolloutReward(None if agree is None else float(agree), agrees=agree, answer=answer)
+        for agree, answer in zip(agrees, answers, strict=True)
+    ]
 
 
-SOME_RIGHT = scored(
-    "verifiable", [2, 2, 4, 8], answered("1", "1", "2", None, right="1"), majority=("1", 2), cut=3
+def judged(reward: float | None, *verdicts: Verdict, penalty: float = 0.0) -> RolloutReward:
+    return RolloutReward(reward, penalty, verdicts=verdicts)
+
+
+SOME_RIGHT = rewarded(
+    "verifiable", [2, 2, 4, 8], answered("1", "1", "2", None, right="1"), "1", majority=("1", 2), cut=3
 )
-ALL_WRONG = scored(
-    "verifiable", [3, 3, 3, 3], answered("3", "4", "4", "5", right="9"), majority=("4", 2), tokens=20
+ALL_WRONG = rewarded(
+    "verifiable", [3, 3, 3, 3], answered("3", "4", "4", "5", right="9"), "9", majority=("4", 2), tokens=20
 )
-OPEN = scored(
+OPEN = rewarded(
     "open",
     [5, 6, 7, 8],
     [
-        RolloutScore(1.0, 1.0, None, (YES, YES)),
-        RolloutScore(0.5, 0.0, None, (YES, NO)),
-        RolloutScore(1.0, 0.0, None, (YES, ABSTAINED)),
-        RolloutScore(None, 0.0, None, (ABSTAINED, ABSTAINED)),
+        judged(1.0, YES, YES, penalty=1.0),
+        judged(0.5, YES, NO),
+        judged(1.0, YES, ABSTAINED),
+        judged(None, ABSTAINED, ABSTAINED),
     ],
     rubric=Rubric(("a", "b")),
     tokens=30,
 )
-DROPPED = scored(
+DROPPED = rewarded(
     "verifiable",
     [1, 1, 1, 1],
-    answered("7", None, None, None, right=None, judged=False),
+    answered("7", None, None, None, right=None),
     text=None,
     majority=("7", 1),
     tokens=64,
@@ -134,8 +149,8 @@ def test_figures_of_a_kind_that_is_not_there_are_left_out():
 
 
 def test_a_missing_rubric_is_counted():
-    unread = [RolloutScore(None, 0.0, None, ())] * 4
-    figures = step_metrics([OPEN, scored("open", [1, 1, 1, 1], unread)], TOTALS[2:])
+    unread = [RolloutReward(None)] * 4
+    figures = step_metrics([OPEN, rewarded("open", [1, 1, 1, 1], unread)], TOTALS[2:])
     assert figures["rubric/missing_frac"] == 1 / 2
     assert figures["rubric/criteria"] == 2.0
     assert figures["rubric/no_variance_frac"] == 1 / 2
@@ -158,18 +173,18 @@ def test_a_missing_rubric_is_counted():
     ],
 )
 def test_the_correlation_of_reward_with_length(lengths, rewards, correlation):
-    scores = [RolloutScore(reward, 0.0, None, ()) for reward in rewards]
+    earned = [RolloutReward(reward) for reward in rewards]
     totals = torch.tensor([[NAN if reward is None else reward for reward in rewards]])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figures = step_metrics([scored("verifiable", lengths, scores)], totals)
+        figures = step_metrics([rewarded("verifiable", lengths, earned)], totals)
     expected = None if correlation is None else pytest.approx(correlation)
     assert figures.get("reward/length_correlation") == expected
 
 
 def test_groups_of_all_ones_are_counted():
     figures = step_metrics(
-        [scored("verifiable", [1, 1], answered("1", "1", right="1")), ALL_WRONG],
+        [rewarded("verifiable", [1, 1], answered("1", "1", right="1"), "1"), ALL_WRONG],
         torch.zeros(2, 2),
     )
     assert figures["reward/all_one_frac"] == figures["reward/all_zero_frac"] == 1 / 2
@@ -179,11 +194,11 @@ def test_groups_of_all_ones_are_counted():
 def test_whether_a_reference_agrees_with_the_majority():
     assert agrees_with_majority(SOME_RIGHT) is True
     assert agrees_with_majority(ALL_WRONG) is False
-    minority = scored("verifiable", [1] * 3, answered("1", "1", "2", right="2"), majority=("1", 2))
+    minority = rewarded("verifiable", [1] * 3, answered("1", "1", "2", right="2"), "2", majority=("1", 2))
     assert agrees_with_majority(minority) is False
     assert agrees_with_majority(OPEN) is None
     assert agrees_with_majority(DROPPED) is None
-    nothing_parsed = scored("verifiable", [1] * 2, answered(None, None, right="1"))
+    nothing_parsed = rewarded("verifiable", [1] * 2, answered(None, None, right="1"), "1")
     assert agrees_with_majority(nothing_parsed) is None
 
 
@@ -192,6 +207,47 @@ def test_whether_a_reference_differs_from_all():
     assert differs_from_all(ALL_WRONG) is True
     assert differs_from_all(OPEN) is None
     assert differs_from_all(DROPPED) is None
+
+
+def weighted(*answers: str, right: str, majority: tuple[str, int]) -> RewardedGroup:
+    """The reward is nine parts agreement and one part of a format that all but the first rollout have."""
+    rewards = [
+        RolloutReward(
+            0.9 * (answer == right) + 0.1 * (i > 0),
+            parts={"agreement": float(answer == right), "my:format": float(i > 0)},
+            agrees=answer == right,
+            answer=answer,
+        )
+        for i, answer in enumerate(answers)
+    ]
+    return rewarded("verifiable", [1] * len(answers), rewards, right, majority=majority)
+
+
+def test_agreement_is_seen_whatever_else_is_rewarded():
+    """A right answer earns 0.9 or 1 here, and a wrong one 0 or 0.1."""
+    alike = weighted("1", "2", "3", right="1", majority=("1", 1))
+    assert [reward.reward for reward in alike.rewards] == [0.9, 0.1, 0.1]
+    assert agrees_with_majority(alike) is True
+    assert differs_from_all(alike) is False
+    minority = weighted("1", "1", "2", right="2", majority=("1", 2))
+    assert agrees_with_majority(minority) is False
+    assert differs_from_all(minority) is False
+    alone = weighted("1", "1", "2", right="9", majority=("1", 2))
+    assert agrees_with_majority(alone) is False
+    assert differs_from_all(alone) is True
+    figures = step_metrics([alike, minority, alone], torch.zeros(3, 3))
+    assert figures["reference/differs_from_majority_frac"] == 2 / 3
+    assert figures["reference/differs_from_all_frac"] == 1 / 3
+
+
+def test_agreement_is_seen_where_it_is_not_rewarded():
+    """A full reward for something else is no agreement, and no reward at all is no disagreement."""
+    full = [RolloutReward(1.0, agrees=False, answer="1"), RolloutReward(1.0, agrees=False, answer="1")]
+    elsewhere = rewarded("verifiable", [1, 1], full, "2", majority=("1", 2))
+    assert (agrees_with_majority(elsewhere), differs_from_all(elsewhere)) == (False, True)
+    unjudged = [RolloutReward(None, agrees=True, answer="1"), RolloutReward(None, agrees=False, answer="2")]
+    dropped = rewarded("verifiable", [1, 1], unjudged, "1", majority=("1", 1))
+    assert (agrees_with_majority(dropped), differs_from_all(dropped)) == (True, False)
 
 
 def test_the_mean_of_nothing_is_nan():

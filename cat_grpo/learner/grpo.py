@@ -58,7 +58,7 @@ def group_advantages(rewards: Tensor, scale: Scale = "group") -> Tensor:
     raise ValueError(f"unknown advantage scale {scale!r}")
 
 
-# Logprobs and entropy
+# Logprobs
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
@@ -69,12 +69,6 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) 
     logits = at_least_float32(logits) / temperature
     chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
     return chosen - logits.logsumexp(-1)
-
-
-def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """-sum_v p(v) log p(v) of each position: (..., V) -> (...)."""
-    logprobs = (at_least_float32(logits) / temperature).log_softmax(-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
 
 
 def at_least_float32(values: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ What such a function needs of a run stands on it, by the decorator `needs`.
 """
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -36,18 +37,21 @@ def find(name: str, shipped: Mapping[str, F], setting: str) -> F:
     """
     if name in shipped:
         return shipped[name]
-    module, colon, function = name.partition(":")
-    if not colon:
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
         known = ", ".join(shipped)
         raise BadInput(f"{setting}: {name!r}: expected one of {known}, or module:function of your own")
+    module, _, attribute = name.partition(":")
     try:
-        return getattr(_imported(module), function)
+        function = getattr(_imported(module), attribute)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # a module of the user's that lacks another
         raise BadInput(f"{setting}: {name!r}: there is no module {error.name!r}") from error
     except AttributeError as error:
         raise BadInput(f"{setting}: {name!r}: {error}") from error
+    if not callable(function):
+        raise BadInput(f"{setting}: {name!r}: is no function")
+    return function
 
 
 def templates_of(function: Callable[..., Any], config: Config, kind: Kind) -> list[str]:

@@ -11,13 +11,13 @@ from cat_grpo.engines import Engines, SyncError
 from cat_grpo.engines.hf import HFEngine, load_model_and_tokenizer
 from cat_grpo.engines.roles import open_engine
 from cat_grpo.engines.scripted import ScriptedEngine
+from cat_grpo.engines.sync import Probe, check_sync, make_probes, send_weights
 from cat_grpo.learner.lora import ADAPTER_WEIGHTS, add_adapters
 from cat_grpo.run import opening
 from cat_grpo.run.observing import Observer
 from cat_grpo.run.opening import open_loop
-from cat_grpo.settings import load_config
 from cat_grpo.run.step import run_step
-from cat_grpo.engines.sync import Probe, check_sync, make_probes, send_weights
+from cat_grpo.settings import load_config
 
 PROBES = [Probe("one", (5, 6, 7), (8, 9)), Probe("two", (9, 8), (7, 6, 5))]
 

@@ -13,12 +13,12 @@ from asking import TURNS, ids_of
 from cat_grpo.config import ModelConfig
 from cat_grpo.engines import Sampling, SyncError
 from cat_grpo.engines.hf import HFEngine, load_model_and_tokenizer
+from cat_grpo.engines.sync import check_sync, make_probes, send_weights
 from cat_grpo.learner.lora import add_adapters
 from cat_grpo.run.observing import Observer
 from cat_grpo.run.opening import open_loop
-from cat_grpo.settings import load_config
 from cat_grpo.run.step import Loop, run_step
-from cat_grpo.engines.sync import check_sync, make_probes, send_weights
+from cat_grpo.settings import load_config
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]  # a vLLM lives in one event loop
 

@@ -9,8 +9,8 @@ import pytest
 from cat_grpo.config import Config
 from cat_grpo.run.observing import Observer
 from cat_grpo.run.opening import open_loop
-from cat_grpo.settings import load_config
 from cat_grpo.run.step import Loop, run_step
+from cat_grpo.settings import load_config
 from serving import Server, free_port, start
 
 pytestmark = pytest.mark.vllm

@@ -17,7 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from cat_grpo import attention
+from cat_grpo.learner import attention
 from cat_grpo.learner.attention import packed
 from cat_grpo.learner.batches import TrainingRow, micro_batches
 

@@ -1,4 +1,4 @@
-"""From scored groups to packed tensors: the layout by hand, the budget, and who is left out."""
+"""From rewarded groups to packed tensors: the layout by hand, the budget, and who is left out."""
 
 import math
 import random
@@ -9,6 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cat_grpo.config import LearnerConfig
+from cat_grpo.errors import BadInput
 from cat_grpo.learner.batches import (
     Batch,
     MicroBatch,
@@ -18,21 +20,33 @@ from cat_grpo.learner.batches import (
     rollout_kl,
     total_rewards,
 )
-from cat_grpo.config import LearnerConfig
-from cat_grpo.records import Completion, Group, Problem, Reference, RolloutScore, ScoredGroup
+from cat_grpo.learner.grpo import group_advantages
+from cat_grpo.records import Completion, Group, Problem, Reference, RewardedGroup, RolloutReward
 
 
-def scored_group(rewards: Sequence[float | None], penalties: Sequence[float] = ()) -> ScoredGroup:
+def rewarded_group(rewards: Sequence[float | None], penalties: Sequence[float] = ()) -> RewardedGroup:
     """A group whose rollout i is the ids (10 + i, 1) with the logprobs (-i, -0.5)."""
     rollouts = tuple(Completion("", (10 + i, 1), (-float(i), -0.5), "stop") for i in range(len(rewards)))
     problem = Problem("p", ({"role": "user", "content": "?"},), "verifiable")
     penalties = penalties or [0.0] * len(rewards)
-    return ScoredGroup(
+    return RewardedGroup(
         Group(problem, (7, 8), rollouts),
-        Reference("p", "text", "synthesis", "", 1, "stop", None, 0),
+        Reference("text"),
         None,
-        tuple(RolloutScore(r, p, None, ()) for r, p in zip(rewards, penalties, strict=True)),
+        tuple(RolloutReward(r, p) for r, p in zip(rewards, penalties, strict=True)),
     )
+
+
+def batch_of(
+    rewarded: Sequence[RewardedGroup],
+    config: LearnerConfig,
+    kl: Sequence[Sequence[float]] = (),
+    kl_coef: float = 0.0,
+    anchor_logprobs: Sequence[Sequence[tuple[float, ...]]] = (),
+) -> Batch:
+    """As a step makes it, of rollouts of at most ten tokens."""
+    advantages = group_advantages(total_rewards(rewarded, kl, kl_coef), config.advantage_scale)
+    return make_batch(rewarded, advantages, config, max_tokens=10, anchor_logprobs=anchor_logprobs)
 
 
 def row_of(prompt: Sequence[int], completion: Sequence[int], advantage: float = 1.0) -> TrainingRow:
@@ -150,20 +164,20 @@ def test_no_rows_make_no_pack():
 def test_a_row_over_the_budget_names_its_sizes():
     row = row_of((1,) * 40, (2,) * 25)  # its last token is not read
     assert len(list(micro_batches([row], 64))) == 1
-    with pytest.raises(ValueError, match=r"learner\.micro_batch_tokens: 63 holds no .* 40 \+ 25 tokens"):
+    with pytest.raises(BadInput, match=r"learner\.micro_batch_tokens: 63 holds no .* 40 \+ 25 tokens"):
         list(micro_batches([row], 63))
 
 
 def test_total_rewards_by_hand():
     # 0.75 - 0.5 - 0.1 * 2 = 0.05;  1 - 0 - 0.1 * (-3) = 1.3;  0 - 0.5 - 0.1 * 0 = -0.5.
-    scored = [scored_group([0.75, 1.0], [0.5, 0.0]), scored_group([None, 0.0], [0.5, 0.5])]
-    rewards = total_rewards(scored, kl=[[2.0, -3.0], [9.0, 0.0]], kl_coef=0.1)
+    rewarded = [rewarded_group([0.75, 1.0], [0.5, 0.0]), rewarded_group([None, 0.0], [0.5, 0.5])]
+    rewards = total_rewards(rewarded, kl=[[2.0, -3.0], [9.0, 0.0]], kl_coef=0.1)
     expected = torch.tensor([[0.05, 1.3], [math.nan, -0.5]], dtype=torch.float64)
     torch.testing.assert_close(rewards, expected, equal_nan=True)
 
 
 def test_without_kl_none_is_subtracted():
-    assert total_rewards([scored_group([1.0, 0.0])], kl=[], kl_coef=0.1).tolist() == [[1.0, 0.0]]
+    assert total_rewards([rewarded_group([1.0, 0.0])], kl=[], kl_coef=0.1).tolist() == [[1.0, 0.0]]
 
 
 def test_the_kl_of_a_rollout_by_hand():
@@ -189,19 +203,19 @@ def test_the_kl_of_a_rollout_by_hand():
     ],
 )
 def test_what_a_token_counts_for_knows_the_whole_step(mean_over, expected: list[float]):
-    scored = [
-        scored_group([1.0, None, 0.0]),
-        scored_group([None, 1.0, None]),
+    rewarded = [
+        rewarded_group([1.0, None, 0.0]),
+        rewarded_group([None, 1.0, None]),
     ]  # one without signal counts too
     config = LearnerConfig(mean_over=mean_over)
-    batch = make_batch(scored, total_rewards(scored, [], 0.0), config, max_tokens=10)
+    batch = batch_of(rewarded, config)
     assert [row.weight for row in batch.rows] == pytest.approx(expected)
 
 
 def test_where_the_kl_is_in_the_loss_every_rollout_has_a_gradient():
-    scored = [scored_group([1.0, 1.0])]
+    rewarded = [rewarded_group([1.0, 1.0])]
     anchor = [[(-1.0, -2.0), (-3.0, -4.0)]]
-    batch = make_batch(scored, total_rewards(scored, [], 0.0), LearnerConfig(), 10, anchor)
+    batch = batch_of(rewarded, LearnerConfig(), anchor_logprobs=anchor)
     assert [row.anchor_logprobs for row in batch.with_signal] == anchor[0]
     (pack,) = micro_batches(batch.with_signal, 64)
     assert pack.anchor_logprobs.tolist() == [-1.0, -2.0, -3.0, -4.0]
@@ -209,8 +223,8 @@ def test_where_the_kl_is_in_the_loss_every_rollout_has_a_gradient():
 
 def test_rollouts_without_a_reward_leave_and_the_others_are_compared_without_them():
     # Of 1 and 0 alone the advantages are +-1/sqrt 2 (test_grpo); rollout 1 is gone from the rows.
-    scored = [scored_group([1.0, None, 0.0])]
-    batch = make_batch(scored, total_rewards(scored, [], 0.0), LearnerConfig(), 10)
+    rewarded = [rewarded_group([1.0, None, 0.0])]
+    batch = batch_of(rewarded, LearnerConfig())
     assert [row.token_ids for row in batch.rows] == [(10, 1), (12, 1)]
     assert [row.logprobs for row in batch.rows] == [(0.0, -0.5), (-2.0, -0.5)]
     assert [row.prompt_token_ids for row in batch.rows] == [(7, 8)] * 2
@@ -219,15 +233,21 @@ def test_rollouts_without_a_reward_leave_and_the_others_are_compared_without_the
 
 def test_advantages_are_made_of_the_total_and_scaled_as_asked():
     # Rewards are equal, the KL is not: 1 - 0.5 * 0.2 and 1 - 0.5 * 0.6, centred +0.1 and -0.1.
-    scored = [scored_group([1.0, 1.0])]
-    total = total_rewards(scored, [[0.2, 0.6]], 0.5)
-    batch = make_batch(scored, total, LearnerConfig(advantage_scale="none"), 10)
+    rewarded = [rewarded_group([1.0, 1.0])]
+    batch = batch_of(rewarded, LearnerConfig(advantage_scale="none"), [[0.2, 0.6]], 0.5)
     assert [row.advantage for row in batch.rows] == pytest.approx([0.1, -0.1])
 
 
+def test_a_row_has_the_advantage_that_its_rollout_is_given():
+    rewarded = [rewarded_group([1.0, None]), rewarded_group([0.5, 0.5])]
+    advantages = torch.tensor([[3.0, 4.0], [-5.0, 0.0]])
+    batch = make_batch(rewarded, advantages, LearnerConfig(), 10)
+    assert [row.advantage for row in batch.rows] == [3.0, -5.0, 0.0]
+
+
 def test_rows_with_signal_are_those_of_groups_that_differ():
-    scored = [scored_group([1.0, 1.0]), scored_group([1.0, 0.0]), scored_group([None, 1.0])]
-    batch = make_batch(scored, total_rewards(scored, [], 0.0), LearnerConfig(), 10)
+    rewarded = [rewarded_group([1.0, 1.0]), rewarded_group([1.0, 0.0]), rewarded_group([None, 1.0])]
+    batch = batch_of(rewarded, LearnerConfig())
     assert len(batch.rows) == 5  # a dropped rollout is no row; one without signal is, and counts in the mean
     assert [row.token_ids for row in batch.with_signal] == [(10, 1), (11, 1)]
     assert Batch(()).with_signal == ()

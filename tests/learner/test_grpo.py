@@ -20,7 +20,6 @@ from cat_grpo.learner.grpo import (
     sequence_importance,
     sequence_mean_weights,
     sequence_ratio,
-    token_entropy,
     token_importance,
     token_logprobs,
     token_mean_weights,
@@ -136,14 +135,6 @@ def test_token_logprobs_are_those_of_log_softmax():
 def test_token_logprobs_are_taken_in_float32():
     logits = torch.tensor([[[0.0, 0.0, 0.0]]], dtype=torch.bfloat16)  # in bfloat16 log 3 would be 1.1016
     assert_close(token_logprobs(logits, torch.tensor([[1]])), torch.tensor([[-math.log(3)]]))
-
-
-def test_entropy_by_hand():
-    # Uniform over V: log V. Weights 1 : 3: -(1/4) log(1/4) - (3/4) log(3/4), at temperature 1/2 of 1 : 9.
-    assert_close(token_entropy(torch.full((2, 3, 50), -7.0)), torch.full((2, 3), math.log(50)))
-    logits = torch.tensor([[[0.0, math.log(3)]]])
-    assert_close(token_entropy(logits), torch.tensor([[0.25 * math.log(4) + 0.75 * math.log(4 / 3)]]))
-    assert_close(token_entropy(logits, 0.5), torch.tensor([[0.1 * math.log(10) + 0.9 * math.log(10 / 9)]]))
 
 
 def flat(rows: list[list[float]]) -> tuple[Tensor, Tensor]:
@@ -327,7 +318,6 @@ def test_functions_leave_their_inputs_and_torch_as_they_were():
     state_before = state()
     for scale in ("group", "batch", "none"):
         group_advantages(rewards, scale)
-    token_entropy(logits)
     for ratio in (token_ratio, sequence_ratio):
         ratio(logprobs, logprobs, row)
     for surrogate in (clipped_surrogate, cispo_surrogate):

@@ -3,8 +3,10 @@
 import copy
 import math
 import random
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,12 +26,13 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from cat_grpo.learner.checkpointing import kept_bytes
+from cat_grpo.config import LearnerConfig
+from cat_grpo.errors import BadInput, Stopped
 from cat_grpo.learner.attention import packed
 from cat_grpo.learner.batches import Batch, TrainingRow, micro_batches
-from cat_grpo.config import LearnerConfig
-from cat_grpo.learner.lm_head import head_bytes
-from cat_grpo.learner.learner import Learner, NotFiniteError, set_aside
+from cat_grpo.learner.checkpointing import kept_bytes
+from cat_grpo.learner.learner import OPTIMIZER, Learner, NotFiniteError, set_aside
+from cat_grpo.learner.lm_head import head_bytes, head_loss
 
 VOCAB, TEMPERATURE = 23, 0.7
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.2}
@@ -111,8 +114,10 @@ def weights_of(model: LlamaForCausalLM) -> dict[str, Tensor]:
 
 
 def state_of(learner: Learner) -> dict:
-    """The optimizer's."""
-    return copy.deepcopy(learner._optimizer.state_dict())
+    """The optimizer's, as a checkpoint has it."""
+    with tempfile.TemporaryDirectory() as folder:
+        learner.save(Path(folder))
+        return torch.load(Path(folder) / OPTIMIZER)
 
 
 def assert_same_bits(model: LlamaForCausalLM, weights: dict[str, Tensor]) -> None:
@@ -180,7 +185,7 @@ def test_in_double_precision_the_gradient_is_the_plain_one_to_ten_digits(gradien
 )
 def test_a_model_that_predicts_otherwise_in_a_pack_is_refused(model, message: str):
     torch.manual_seed(0)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(BadInput, match=message):
         learner_of(model().eval())
 
 
@@ -317,14 +322,17 @@ def test_with_one_update_the_policy_is_its_own_past():
         (1.0, True, "the gradient's norm is nan"),
     ],
 )
-def test_what_is_not_finite_stops_before_the_step_and_leaves_no_trace(advantage, breaks_gradient, message):
+def test_what_is_not_finite_stops_before_the_step_and_leaves_no_trace(
+    advantage, breaks_gradient, message, tmp_path
+):
     model = tiny_model()
     batch = batch_of(model, ADVANTAGES * 3)
     learner = learner_of(model, micro_batch_tokens=64)
     learner.update(batch)
     undisturbed = copy.deepcopy(model)
     other = learner_of(undisturbed, micro_batch_tokens=64)
-    other._optimizer.load_state_dict(state_of(learner))
+    learner.save(tmp_path)
+    other.restore(tmp_path)
     weights, state = weights_of(model), state_of(learner)
 
     poison = TrainingRow((1,), (2,), (0.0,), advantage, 0.1)  # the shortest: in a micro-batch after good ones
@@ -346,8 +354,9 @@ def test_a_broken_weight_stops_the_update():
     with torch.no_grad():
         model.lm_head.weight[3, 3] = math.nan
     weights = weights_of(model)
-    with pytest.raises(NotFiniteError, match="the loss is nan"):
+    with pytest.raises(NotFiniteError, match="the loss is nan") as error:
         learner.update(batch)
+    assert isinstance(error.value, Stopped)  # no bug: the command ends in one line
     assert_same_bits(model, weights)
     assert state_of(learner)["state"] == {}
 
@@ -401,19 +410,27 @@ def test_the_sampler_gap_is_how_far_the_engine_is_from_the_learner_before_the_st
     assert gaps == pytest.approx([0.0, 0.5], abs=1e-5)
 
 
-def test_the_head_is_computed_in_the_dtype_of_the_rest():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_is_computed_in_the_dtype_of_the_rest(dtype: torch.dtype, monkeypatch):
     """Autocast gives a norm's output back in float32, and the largest product of all would be slow."""
+    seen = []
+
+    def head(hidden: Tensor, *arguments, **settings) -> tuple[Tensor, Tensor, Tensor]:
+        seen.append(hidden.dtype)
+        return head_loss(hidden, *arguments, **settings)
+
     model = tiny_model()
-    learner = Learner(model, LearnerConfig(), TEMPERATURE, torch.bfloat16)
-    hidden, _ = learner._example((1, 2), (3, 4))
-    assert hidden.dtype == torch.bfloat16
+    learner = Learner(model, LearnerConfig(), TEMPERATURE, dtype)
     plain = learner_of(copy.deepcopy(model))
     batch = batch_of(model, ADVANTAGES)
-    assert learner.update(batch)["entropy"] == pytest.approx(plain.update(batch)["entropy"], rel=2e-2)
+    expected = plain.update(batch)["entropy"]
+    monkeypatch.setattr("cat_grpo.learner.learner.head_loss", head)
+    assert learner.update(batch)["entropy"] == pytest.approx(expected, rel=2e-2)
+    assert seen == [dtype]
     assert all(weight.grad is None and weight.dtype == torch.float32 for weight in model.parameters())
 
 
-def test_what_is_saved_goes_on_in_another_learner_as_if_nothing_had_been(tmp_path):
+def test_what_is_saved_is_resumed_in_another_learner_as_if_nothing_had_been(tmp_path):
     model, other_model = tiny_model(), tiny_model()
     first, second = learner_of(model), learner_of(other_model)
     batch = batch_of(model, [1.0, -1.0])
@@ -426,31 +443,45 @@ def test_what_is_saved_goes_on_in_another_learner_as_if_nothing_had_been(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("rows", "kind", "message"),
     [
-        ((), "a batch of 0 rollouts"),
-        ((TrainingRow((1,), (2,) * 80, (0.0,) * 80, 1.0, 0.1),), "64 holds no rollout of 1 \\+ 80 tokens"),
-        ((TrainingRow((1,), (VOCAB,), (0.0,), 1.0, 0.1),), f"token {VOCAB} .* vocabulary has {VOCAB}"),
+        ((), ValueError, "a batch of 0 rollouts"),
+        (
+            (TrainingRow((1,), (2,) * 80, (0.0,) * 80, 1.0, 0.1),),
+            BadInput,
+            "64 holds no rollout of 1 \\+ 80 tokens",
+        ),
+        (
+            (TrainingRow((1,), (VOCAB,), (0.0,), 1.0, 0.1),),
+            BadInput,
+            f"token {VOCAB} .* vocabulary has {VOCAB}",
+        ),
     ],
 )
-def test_a_batch_that_cannot_be_trained_on_is_named_with_its_sizes(rows: tuple[TrainingRow, ...], message):
+def test_a_batch_that_cannot_be_trained_on_is_named_with_its_sizes(
+    rows: tuple[TrainingRow, ...], kind: type, message: str
+):
     model = tiny_model()
     weights = weights_of(model)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(kind, match=message):
         learner_of(model, micro_batch_tokens=64).update(Batch(rows))
     assert_same_bits(model, weights)
 
 
+def passes(model: LlamaForCausalLM, learner: Learner, batch: Batch) -> int:
+    """How often an update computes the first layer: twice where it keeps the layer's input alone."""
+    calls = []
+    handle = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    learner.update(batch)
+    handle.remove()
+    return len(calls)
+
+
 def test_gradient_checkpointing_computes_again_and_changes_nothing(gradients):
     batch = batch_of(tiny_model(), ADVANTAGES)
-    calls: list[str] = []
-    for setting in ("off", "on"):
+    for setting, expected in (("off", 1), ("on", 2)):
         model = tiny_model()
-        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, of=setting: calls.append(of))
-        learner = learner_of(model, gradient_checkpointing=setting)
-        calls.clear()
-        learner.update(batch)
-        assert calls == [setting] * (2 if setting == "on" else 1)
+        assert passes(model, learner_of(model, gradient_checkpointing=setting), batch) == expected
     assert_close(gradients[1], gradients[0], rtol=0, atol=0)
 
 
@@ -471,13 +502,20 @@ def test_gradient_checkpointing_comes_on_when_a_micro_batch_does_not_fit(spare, 
     model = tiny_model()
     rows = [TrainingRow((1,) * 24, (1,) * 29, (0.0,) * 29, 1.0, 0.1)] * 8
     (chunk,) = micro_batches(rows, 256)
-    learner = learner_of(model, gradient_checkpointing="off")
+
+    def forward() -> Tensor:
+        """The states that the head is given."""
+        ids, places = chunk.input_ids, chunk.position_ids
+        states = model.model(input_ids=ids, position_ids=places, layout=chunk.layout, use_cache=False)
+        return states.last_hidden_state[0, chunk.predictors]
+
     with packed(model):
-        activations = kept_bytes(model, lambda: learner._hidden(chunk))
+        activations = kept_bytes(model, forward)
     trained = sum(weight.numel() for weight in model.parameters())
     needed = activations + head_bytes(model.lm_head.weight) + 12 * trained
     monkeypatch.setattr("cat_grpo.learner.learner.free_bytes", lambda device: spare * needed)
-    assert learner_of(model, micro_batch_tokens=256)._layer_inputs_only is is_on
+    learner = learner_of(model, micro_batch_tokens=256)
+    assert passes(model, learner, Batch(tuple(rows))) == (2 if is_on else 1)
 
 
 def test_a_batch_set_aside_is_plain_values():

@@ -1,5 +1,6 @@
 """The tiled head against the plain one, which has all logits at once."""
 
+import math
 from functools import partial
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cat_grpo.learner.grpo import clipped_surrogate, sequence_ratio, token_entropy, token_logprobs, token_ratio
+from cat_grpo.learner.grpo import clipped_surrogate, sequence_ratio, token_logprobs, token_ratio
 from cat_grpo.learner.lm_head import head_logprobs, head_loss
 
 N, H, V, TEMPERATURE = 13, 6, 29, 0.7
@@ -30,6 +31,10 @@ def objective(ratio, logprobs: Tensor, at: slice) -> Tensor:
     row = torch.arange(N) // 4
     values = clipped_surrogate(ratio(logprobs, old[at], row[at]), logprobs, advantages[at], 0.2, 0.3)
     return -(values - 0.1 * logprobs.square()).sum() / N
+
+
+def token_entropy(logits: Tensor, temperature: float) -> Tensor:
+    return torch.distributions.Categorical(logits=logits / temperature).entropy()
 
 
 def plain(ratio) -> list[Tensor]:
@@ -54,6 +59,18 @@ def test_tiles_change_nothing(tile_tokens: int, ratio, separable: bool):
     loss.backward()
     ours = [loss.detach(), logprobs, entropy, hidden.grad, weight.grad]
     assert_close(ours, plain(ratio), rtol=0, atol=1e-12)
+
+
+def test_entropy_by_hand():
+    # Uniform over V: log V. Weights 1 : 3: -(1/4) log(1/4) - (3/4) log(3/4), at temperature 1/2 of 1 : 9.
+    def entropy(logits: Tensor, num_tokens: int, temperature: float = 1.0) -> Tensor:
+        hidden, weight, token_ids = torch.ones(num_tokens, 1), logits[:, None], torch.zeros(num_tokens).long()
+        return head_loss(hidden, weight, token_ids, lambda logprobs, at: -logprobs.sum(), temperature)[2]
+
+    assert_close(entropy(torch.full((50,), -7.0), 6), torch.full((6,), math.log(50)))
+    logits = torch.tensor([0.0, math.log(3)])
+    assert_close(entropy(logits, 1), torch.tensor([0.25 * math.log(4) + 0.75 * math.log(4 / 3)]))
+    assert_close(entropy(logits, 1, 0.5), torch.tensor([0.1 * math.log(10) + 0.9 * math.log(10 / 9)]))
 
 
 def test_the_gradient_is_that_of_finite_differences():

@@ -10,11 +10,12 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from cat_grpo.learner.batches import Batch, TrainingRow, micro_batches
 from cat_grpo.config import LearnerConfig, ModelConfig
 from cat_grpo.engines.hf import load_model_and_tokenizer
-from cat_grpo.engines.tokens import model_folder
+from cat_grpo.errors import BadInput
+from cat_grpo.learner.batches import Batch, TrainingRow, micro_batches
 from cat_grpo.learner.learner import Learner, NotFiniteError
+from cat_grpo.models import model_folder
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray's, which are many
@@ -32,7 +33,7 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def pair(local_ray: None) -> Iterator["Pair"]:
-    """For all tests: a rank takes long to start. It goes on from test to test, one process with it."""
+    """For all tests: a rank takes long to start. A test takes up the weights where the last one left them."""
     pair = Pair()
     yield pair
     pair.two.close()
@@ -129,7 +130,7 @@ def test_micro_batches_leave_hardly_a_rank_idle(num_ranks: int, max_tokens: int)
 
 
 def test_more_ranks_than_ray_has_room_for_are_refused(local_ray: None):
-    with pytest.raises(ValueError, match=r"learner.num_ranks: needs 5 CPUs, and Ray has 4"):
+    with pytest.raises(BadInput, match=r"learner.num_ranks: needs 5 CPUs, and Ray has 4"):
         ranks(5)
 
 

@@ -11,24 +11,28 @@ from pathlib import Path
 
 import pytest
 
-from cat_grpo import answers
+import cat_grpo
+from cat_grpo.method import equivalence
 from cat_grpo.method.answers import (
     Vote,
+    agreements,
     clusters,
-    equal_text,
-    equivalent,
     extract_answer,
     majority,
-    num_timeouts,
+    rollout_answers,
     same_answer,
+    votes_of,
 )
+from cat_grpo.method.equivalence import equal_text, equivalent, read_timeouts
+from cat_grpo.records import Group
+from scripting import boxes, group, problem, reference, wrote
 
 ENDLESS = "9^{9^{9^{9}}}"  # sympy would first write out the number
 
 
 def run_python(*arguments: str) -> str:
     """What a fresh interpreter prints; nothing may go to stderr."""
-    environment = os.environ | {"PYTHONPATH": str(Path(answers.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(cat_grpo.__file__).parents[1])}
     command = [sys.executable, *arguments]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert run.stderr == ""
@@ -137,14 +141,14 @@ def test_different_in_mathematics(a, b):
 
 
 def test_an_endless_comparison_is_cut_off_and_counted_once(monkeypatch, caplog):
-    monkeypatch.setattr(answers, "TIME_LIMIT_S", 1)
-    before = num_timeouts()
+    monkeypatch.setattr(equivalence, "TIME_LIMIT_S", 1)
+    read_timeouts()
     assert not equivalent(ENDLESS, "1")
-    assert num_timeouts() == before + 1
+    assert read_timeouts() == 1
     assert "not shown equal" in caplog.text
     assert equivalent("2^{10}", "1024")  # the worker has been replaced
     assert not equivalent("1", ENDLESS)  # remembered
-    assert num_timeouts() == before + 1
+    assert read_timeouts() == 0
 
 
 def test_threads_under_a_running_loop_get_their_own_replies():
@@ -160,7 +164,7 @@ def test_threads_under_a_running_loop_get_their_own_replies():
 
 def test_a_worker_that_died_idle_is_replaced():
     assert equivalent("7*7", "49")
-    for worker in list(answers._pool.queue):
+    for worker in list(equivalence._pool.queue):
         if worker is not None:
             worker.kill()
             worker.wait()
@@ -170,17 +174,17 @@ def test_a_worker_that_died_idle_is_replaced():
 @pytest.fixture
 def own_pool():
     """A pool without workers and without memory; the workers of the other tests come back afterwards."""
-    pool = answers._pool
-    answers._new_pool()
-    answers._shown_equal.cache_clear()
+    pool = equivalence._pool
+    equivalence._new_pool()
+    equivalence._shown_equal.cache_clear()
     yield
-    answers._close_pool()
-    answers._pool = pool
+    equivalence._close_pool()
+    equivalence._pool = pool
 
 
 def test_a_worker_that_cannot_start_is_an_error_every_time(monkeypatch, own_pool):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    for _ in range(answers.NUM_WORKERS + 1):  # no place in the pool is lost either
+    for _ in range(equivalence.NUM_WORKERS + 1):  # no place in the pool is lost either
         with pytest.raises(RuntimeError, match="did not start: exit status 1"):
             equivalent("10+1", "11")
     monkeypatch.undo()
@@ -206,20 +210,20 @@ def test_what_a_library_prints_is_no_verdict(monkeypatch, own_pool, tmp_path):
 
 
 def test_a_worker_killed_from_outside_is_an_error(monkeypatch, own_pool):
-    ask = answers._ask
+    ask = equivalence._ask
 
     def killed_meanwhile(worker, request):
         if ENDLESS in request:
             threading.Timer(0.2, worker.kill).start()
         return ask(worker, request)
 
-    monkeypatch.setattr(answers, "_ask", killed_meanwhile)
+    monkeypatch.setattr(equivalence, "_ask", killed_meanwhile)
     with pytest.raises(RuntimeError, match="exit status -9"):
         equivalent(ENDLESS, "10+3")
 
 
 def test_an_interrupted_comparison_leaves_no_reply_behind(monkeypatch, own_pool):
-    ask = answers._ask
+    ask = equivalence._ask
 
     def interrupted(worker, request):
         if "10+4" not in request:
@@ -228,7 +232,7 @@ def test_an_interrupted_comparison_leaves_no_reply_behind(monkeypatch, own_pool)
         worker.stdin.flush()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(answers, "_ask", interrupted)
+    monkeypatch.setattr(equivalence, "_ask", interrupted)
     assert equivalent("10+3", "13")
     with pytest.raises(KeyboardInterrupt):
         equivalent("10+4", "14")
@@ -239,7 +243,7 @@ def test_a_forked_process_has_workers_of_its_own():
     assert equivalent("11+1", "12")
     child = os.fork()
     if child == 0:
-        os._exit(0 if all(w is None for w in answers._pool.queue) and equivalent("11+2", "13") else 1)
+        os._exit(0 if all(w is None for w in equivalence._pool.queue) and equivalent("11+2", "13") else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
@@ -247,9 +251,9 @@ def test_no_import_of_the_callers_script_and_no_worker_left_behind(tmp_path):
     script = tmp_path / "script.py"  # without a __main__ guard
     script.write_text(
         "print('started')\n"
-        "from cat_grpo import answers\n"
-        "assert answers.equivalent('1+1', '2')\n"
-        "print(answers._pool.queue[-1].pid)\n"
+        "from cat_grpo.method import equivalence\n"
+        "assert equivalence.equivalent('1+1', '2')\n"
+        "print(equivalence._pool.queue[-1].pid)\n"
     )
     started, pid = run_python(str(script)).split()
     assert started == "started"
@@ -259,7 +263,7 @@ def test_no_import_of_the_callers_script_and_no_worker_left_behind(tmp_path):
 
 def test_no_heavy_library_in_the_calling_process():
     code = (
-        "import sys; from cat_grpo import answers; answers.equivalent('1+1', '2');"
+        "import sys; from cat_grpo.method import answers, equivalence; equivalence.equivalent('1+1', '2');"
         "print([name for name in ('math_verify', 'sympy', 'torch') if name in sys.modules])"
     )
     assert run_python("-c", code) == "[]\n"
@@ -291,3 +295,28 @@ def test_majority(group, vote):
 def test_the_mode_chooses_the_comparison():
     assert same_answer("math")("1/2", "0.5")
     assert not same_answer("string")("1/2", "0.5")
+
+
+def test_a_rollout_has_an_answer_where_one_is_asked_for_and_it_came_to_its_end():
+    rollouts = (wrote(r"\boxed{1}"), wrote(r"\boxed{1}", "length"), wrote("1"))
+    assert rollout_answers(Group(problem(), (1,), rollouts)) == ["1", None, None]
+    assert rollout_answers(Group(problem("open"), (1,), rollouts)) == [None, None, None]
+
+
+async def test_groups_are_compared_in_order_and_off_the_event_loop(monkeypatch):
+    """A comparison may take seconds, in which no request would be answered."""
+    threads = set()
+
+    def same(a: str, b: str) -> bool:
+        threads.add(threading.get_ident())
+        return a == b
+
+    monkeypatch.setattr("cat_grpo.method.answers.same_answer", lambda mode: same)
+    groups = [group(*boxes(1, 2, 2)), group(*boxes(3), "unread", *boxes(3)), group("unread", *boxes(4, 4))]
+    votes = await votes_of(groups, "string")
+    assert votes == [Vote("2", 2, False), Vote("3", 2, False), Vote("4", 2, False)]
+    references = [reference(r"\boxed{1}"), reference(None), reference(r"\boxed{4}")]
+    agrees = await agreements(groups, references, "string")
+    assert agrees == [[True, False, False], [None, None, None], [False, True, True]]
+    assert threads
+    assert threading.get_ident() not in threads

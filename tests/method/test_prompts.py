@@ -1,11 +1,14 @@
 """The templates of both sets, and what a rollout can do to them: nothing."""
 
+import hashlib
 import re
 
 import pytest
 from jinja2 import Environment, UndefinedError, meta
 
-from cat_grpo.method.prompts import TEMPLATES, fence, prompt_hashes, render, set_folder
+from cat_grpo.errors import BadInput
+from cat_grpo.lab.corpus import TEMPLATES
+from cat_grpo.method.prompts import fence, refuse_missing, render, set_folder, template_hashes
 from cat_grpo.shipped import shipped
 
 SETS = ("default", "lab")
@@ -143,15 +146,45 @@ def test_the_final_answer_is_asked_for_in_a_box():
 def test_hashes_follow_the_words(tmp_path):
     for name in TEMPLATES:
         (tmp_path / f"{name}.txt").write_text(name)
-    before = prompt_hashes(str(tmp_path))
+    before = template_hashes(str(tmp_path), TEMPLATES)
     (tmp_path / "solve_open.txt").write_text("other words")
-    after = prompt_hashes(str(tmp_path))
+    after = template_hashes(str(tmp_path), TEMPLATES)
     assert [name for name in TEMPLATES if before[name] != after[name]] == ["solve_open"]
 
 
-def test_an_incomplete_set_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"has no solve_verifiable\.txt"):
-        render(str(tmp_path), "solve_open", question="Q?")
+def test_hashes_are_of_the_templates_that_are_asked_for(tmp_path):
+    (tmp_path / "solve_open.txt").write_text("words")
+    (tmp_path / "notes.txt").write_text("no template of this run")
+    assert template_hashes(str(tmp_path), ["solve_open"]) == {
+        "solve_open": hashlib.sha256(b"words").hexdigest()
+    }
+
+
+def test_what_a_set_lacks_is_named(tmp_path):
+    (tmp_path / "solve_open.txt").write_text("{{ question }}")
+    refuse_missing(str(tmp_path), ["solve_open"])  # the set may have these alone
+    assert render(str(tmp_path), "solve_open", question="Q?") == "Q?"
+    with pytest.raises(BadInput, match=r"prompts: '.*': .* has no solve_verifiable\.txt$"):
+        refuse_missing(str(tmp_path), ["solve_open", "solve_verifiable"])
+
+
+def test_a_set_that_is_not_there_is_named():
+    for ask_for in (
+        set_folder,
+        lambda name: refuse_missing(name, []),
+        lambda name: template_hashes(name, []),
+    ):
+        with pytest.raises(BadInput) as error:
+            ask_for("no/such/set")
+        assert str(error.value) == "prompts: 'no/such/set': there is no such set and no such folder"
+
+
+def test_a_template_that_is_no_jinja_is_named_with_its_line(tmp_path):
+    (tmp_path / "solve_open.txt").write_text("Well:\n{{ question }\n")
+    with pytest.raises(BadInput) as error:
+        refuse_missing(str(tmp_path), ["solve_open"])
+    assert str(error.value).startswith(f"{tmp_path / 'solve_open.txt'}:2: ")
+    assert "\n" not in str(error.value)
 
 
 def test_a_field_that_is_missing_is_named():
