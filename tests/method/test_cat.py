@@ -361,7 +361,10 @@ OWN = "or module:function of your own"
         ("no_such.inner:f", "there is no module 'no_such'"),
         ("my_method.inner:f", "there is no module 'my_method.inner'"),
         ("my_method:f", "module 'my_method' has no attribute 'f'"),
-        ("my_method:", "module 'my_method' has no attribute ''"),
+        ("my_method:", "expected one of synthesis, majority, or module:function of your own"),
+        (":f", "expected one of synthesis, majority, or module:function of your own"),
+        (".my_method:f", "expected one of synthesis, majority, or module:function of your own"),
+        ("my_method:__name__", "is no function"),
     ],
 )
 def test_an_estimator_that_is_not_there_is_named(module: Module, name: str, line: str):
