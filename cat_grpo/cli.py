@@ -1,4 +1,4 @@
-"""The command line: reads what the user typed, calls a flow, prints what came of it."""
+"""The command line reads what the user typed, calls a flow, and prints the result."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ app.add_typer(lab_app, name="lab")
 
 
 def main() -> None:
-    """Bad input is one line on stderr and exit code 2; anything else that goes wrong keeps its traceback."""
+    """Bad input is one line on stderr and exit code 2; a bug keeps its traceback and is exit code 1."""
     # Read when transformers and its neighbours are imported: our own bar is the only one.
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
@@ -62,7 +62,7 @@ def demo(
 
 @app.command()
 def train(
-    run: Annotated[Path, typer.Option(help="The run's directory; one that is there is gone on with")],
+    run: Annotated[Path, typer.Option(help="The run's directory; an existing run is resumed")],
     overrides: Overrides = None,
     preset: Preset = None,
     config_file: ConfigFile = None,
@@ -70,7 +70,7 @@ def train(
         bool, typer.Option("--dry-run", help="Print the resolved config and the plan")
     ] = False,
 ) -> None:
-    """Train a policy on unlabelled problems; go on where the run in this directory stopped."""
+    """Train a policy on unlabelled problems; an existing run is resumed where it stopped."""
     from cat_grpo.settings import load_config
 
     config = load_config(preset, config_file, overrides or [])
@@ -173,7 +173,7 @@ def inspect(
         str | None, typer.Option(help="What a browser is asked for", envvar="CAT_GRPO_INSPECTOR_TOKEN")
     ] = None,
 ) -> None:
-    """Look into runs in a browser: curves, references beside their rollouts, and what people say of them."""
+    """Look into runs in a browser: curves, references beside their rollouts, and reviews."""
     from cat_grpo.inspector.app import serve
 
     serve(runs, host, port, token)
@@ -187,7 +187,7 @@ def lab_build(
         int | None, typer.Option(help="Fewer for a trial; the default makes the shipped model")
     ] = None,
 ) -> None:
-    """Build the lab again: problems, tokenizer, base model. Goes on where a build in OUT stopped."""
+    """Build the lab again: problems, tokenizer, base model. A build in OUT that stopped is resumed."""
     with _progress("lab build"):
         from cat_grpo.lab.build import STEPS, build_lab
 
@@ -215,7 +215,7 @@ def lab_problems(
 
 
 def _config_for_model(model: str, preset: str | None, file: Path | None, overrides: list[str]) -> Any:
-    """The config for asking one model. A model of ours brings the settings that it was trained with."""
+    """Returns the config for asking one model. A model of ours brings the settings it was trained with."""
     from cat_grpo.models import read_card
     from cat_grpo.settings import load_config
 
@@ -223,7 +223,7 @@ def _config_for_model(model: str, preset: str | None, file: Path | None, overrid
     return load_config(preset, file, [f"model.path={json.dumps(model)}", *overrides], base=base)
 
 
-# What a flow would refuse is refused before Prefect starts: one line, at once, and no traceback.
+# These refuse, before Prefect starts, what a flow would refuse: at once, in one line, without a traceback.
 
 
 def _check_training(config: Any, run: Path) -> None:
@@ -297,7 +297,7 @@ def _print_markdown(text: str) -> None:
 
 @contextmanager
 def _progress(title: str, quiet: bool = False) -> Iterator[None]:
-    """A bar on stderr that follows the log records that carry `progress=(done, total)`, and no other bars."""
+    """Shows one bar on stderr, which follows the log records that carry `progress=(done, total)`."""
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

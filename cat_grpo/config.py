@@ -1,7 +1,7 @@
-"""Every decision that a user may change, once. A field's docstring is its help text in the Prefect form.
+"""Every decision that a user may change stands here, once. A field's docstring is its help text in the form.
 
-Defaults follow the paper (CaT, arXiv:2509.14234v3) where it gives a value for every model, but for the
-departures that the README lists. The resolved tree is saved with the run.
+Defaults follow the paper (CaT, arXiv:2509.14234v3) where it gives one value for all models. README lists the
+departures. The resolved tree is saved with the run.
 """
 
 from typing import Annotated, Any, Literal
@@ -31,40 +31,40 @@ class VLLMConfig(Section):
     """How vLLM serves a model in this process."""
 
     gpu_memory: float | None = Field(default=None, gt=0.0, le=1.0)
-    """The share of the GPU that it may take; None works it out of the model's size and prints it."""
+    """The share of the GPU that it may take. None: computed from the model's size, and logged."""
     max_model_len: int | None = Field(default=None, ge=16)
-    """Most tokens of a prompt with its completion; None: what the model was made for."""
+    """The most tokens of a prompt with its completion. None: the model's own limit."""
     engine_args: dict[str, Any] = {}
-    """Further arguments of vLLM's own, for example `{"tensor_parallel_size": 2}`."""
+    """More arguments for vLLM, for example `{"tensor_parallel_size": 2}`."""
 
 
 class ServerConfig(Section):
-    """OpenAI-compatible servers of one model: equals, of which the least busy is asked."""
+    """OpenAI-compatible servers of one model. The least busy one is asked."""
 
     urls: tuple[Annotated[str, Field(pattern=r"^https?://[^@]+$")], ...] = ()
-    """For example `http://localhost:8000/v1`. A server that fails is set aside and its requests go to the
-    others."""
+    """For example `http://localhost:8000/v1`. A server that fails is set aside, and the
+    others take its requests."""
     api: Literal["tokens", "chat"] = "tokens"
-    """`tokens`: prompts go as token ids, which vLLM's servers read and give back; `path` names the tokenizer.
-    `chat`: messages go as text, to any server; for an anchor or a judge."""
+    """`tokens` sends prompts as token ids, which vLLM's servers read and return; `path` names the tokenizer.
+    `chat` sends messages as text to any server, for an anchor or a judge."""
     model: str = ""
-    """The model's name there; empty: `path`."""
+    """The model's name on the servers. Empty: `path`."""
     api_key: str = Field(default="", pattern=r"^((env|prefect):.+)?$")
-    """Where the key is, never the key: `env:NAME`, a variable, or `prefect:NAME`, a Secret block."""
+    """Where to find the key, never the key itself: `env:NAME` or `prefect:NAME`, a Secret block."""
     max_concurrency: int = Field(default=128, ge=1)
-    """Most requests at once to each server."""
+    """The most requests that one server has at a time."""
     requests_per_minute: int | None = Field(default=None, ge=1)
-    """Most requests a minute to all of them."""
+    """The most requests per minute to all servers together."""
     timeout_s: float = Field(default=600.0, gt=0.0)
-    """Longest wait for one answer."""
+    """The longest wait for one answer, in seconds."""
     max_retries: int = Field(default=3, ge=0)
-    """Tries again on the same server, ever later, before it is set aside."""
+    """How often a request is retried on the same server, later each time, before the server is set aside."""
     set_aside_s: float = Field(default=30.0, gt=0.0)
-    """For how long."""
+    """How long a failed server is set aside, in seconds."""
     price_per_million_prompt_tokens: float = Field(default=0.0, ge=0.0)
-    """For the metric of the cost."""
+    """Used by the cost metric."""
     price_per_million_completion_tokens: float = Field(default=0.0, ge=0.0)
-    """For the metric of the cost."""
+    """Used by the cost metric."""
 
 
 class ModelConfig(Section):
@@ -73,24 +73,23 @@ class ModelConfig(Section):
     path: str = "Qwen/Qwen3-4B"
     """A folder, a hub id, or `lab` for the model that ships with cat_grpo."""
     engine: Literal["hf", "vllm", "openai"] = "hf"
-    """What answers for it: transformers or vLLM, in this process, or OpenAI-compatible servers."""
+    """What runs the model: transformers (hf) or vLLM in this process, or OpenAI-compatible servers."""
     vllm: Annotated[VLLMConfig, MayChange] = Field(default=VLLMConfig(), title="vLLM")
-    """For engine vllm."""
+    """Used by engine vllm."""
     server: Annotated[ServerConfig, MayChange] = Field(default=ServerConfig(), title="Servers")
-    """For engine openai."""
+    """Used by engine openai."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU when there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type: `auto` is float32 on the CPU and bfloat16 on a GPU. Trained weights stay in float32."""
     max_batch_tokens: Annotated[int, MayChange] = Field(default=65536, ge=256)
-    """Most positions, padding included, in one batch that transformers samples or scores: lower it when
-    memory runs out."""
+    """The most positions, padding included, in one batch of transformers. Lower it when memory runs out."""
     chat_template_kwargs: dict[str, Any] = {}
-    """Handed to the chat template, for example `{"enable_thinking": false}` for Qwen 3."""
+    """Passed to the chat template, for example `{"enable_thinking": false}` for Qwen 3."""
 
     @property
     def is_chat(self) -> bool:
-        """Whether servers make tokens of its prompts, and tell none of them."""
+        """Whether servers tokenise its prompts, and tell no token ids."""
         return self.engine == "openai" and self.server.api == "chat"
 
     @model_validator(mode="after")
@@ -111,29 +110,29 @@ class DataConfig(Section):
     prompt_column: str = "prompt"
     """Text, or chat messages with `role` and `content`."""
     id_column: str = "id"
-    """Where a row has none, its id is a hash of its prompt."""
+    """The column of the ids. A row without one gets a hash of its prompt."""
     kind_column: str = "kind"
-    """`verifiable` or `open`, per row."""
+    """The column that says `verifiable` or `open`."""
     kind: Literal["verifiable", "open"] | None = None
-    """The kind of every row; overrides the column."""
+    """The kind of every row. It overrides the column."""
     reviews: Annotated[str | None, MayChange] = None
-    """A reviews.jsonl of the inspector: problems whose reference people last found wrong are left out from
-    the run's next start on. `own`: the run's own."""
+    """A reviews.jsonl of the inspector, or `own` for the run's own. From its next start on, the run leaves
+    out the problems whose reference was last marked wrong."""
 
 
 class RolloutConfig(Section):
     """How the policy samples."""
 
     group_size: int = Field(default=8, ge=2, le=1024)
-    """G, rollouts per problem. One rollout has no group to be relative to."""
+    """G, the rollouts per problem."""
     temperature: float = Field(default=1.0, gt=0.0, le=4.0)
     """Sampling temperature. The learner's logprobs are taken at the same temperature."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Nucleus sampling; below 1 the samples no longer have the policy's own distribution."""
+    """Nucleus sampling. Below 1 the samples no longer have the policy's own distribution."""
     top_k: int = Field(default=0, ge=0)
-    """Keep the k likeliest tokens; 0 keeps all."""
+    """Keeps the k likeliest tokens; 0 keeps all."""
     max_tokens: int = Field(default=1536, ge=1)
-    """Most new tokens in a rollout."""
+    """The most new tokens in a rollout."""
 
 
 class ReferenceConfig(Section):
@@ -143,12 +142,12 @@ class ReferenceConfig(Section):
     """`synthesis`: the anchor reads all rollouts and writes the reference (CaT eq. 1). `majority`: the most
     frequent final answer; verifiable problems only. `module:function`: a function of your own."""
     include_question: bool = False
-    """Show the question to the anchor. The paper leaves it out, so that the anchor reconciles the rollouts
-    and does not simply answer once more."""
+    """Shows the question to the anchor. The paper leaves it out, so that the anchor reconciles the rollouts
+    and does not simply answer again."""
     temperature: float = Field(default=0.0, ge=0.0, le=4.0)
-    """0 is greedy: the reference then has no sampling noise of its own."""
+    """0 is greedy, and gives a reference without sampling noise of its own."""
     max_tokens: int = Field(default=2048, ge=1)
-    """Most new tokens in a reference; one that is cut off is no reference."""
+    """The most new tokens in a reference. One that is cut off cannot be used."""
 
 
 class RewardConfig(Section):
@@ -161,29 +160,29 @@ class RewardConfig(Section):
     """The parts of an open problem's reward, each with its weight. `self_rubric`: the share of the criteria,
     proposed from the reference, that the judge finds met (CaT eq. 3-4)."""
     equivalence: Equivalence = "math"
-    """When two final answers are equal: mathematically (math-verify), or as text up to white space."""
+    """When two final answers are equal: `math` by math-verify, `string` as text up to white space."""
     min_criteria: int = Field(default=5, ge=1)
-    """A rubric with fewer criteria is not used, and its group drops out."""
+    """A rubric with fewer criteria is not used, and its group is dropped."""
     max_criteria: int = Field(default=20, ge=1)
     """Criteria beyond this many are not judged."""
     rubric_max_tokens: int = Field(default=1024, ge=1)
-    """Most new tokens in a rubric."""
+    """The most new tokens in a rubric."""
     verdict: Literal["label", "xml"] = "label"
     """How the judge answers: `label` reads the probabilities of yes and no as the next token; `xml` has it
     write a verdict."""
     soft_verdicts: bool = False
-    """A criterion counts p(yes) of its label read, and not the likelier of yes and no as in the paper."""
+    """A criterion counts its p(yes). Otherwise it counts 1 or 0, by the likelier label, as in the paper."""
     min_label_mass: float = Field(default=0.5, ge=0.0, le=1.0)
     """A label read with less probability than this on yes and no together is an abstention."""
     min_judged_frac: float = Field(default=0.5, gt=0.0, le=1.0)
-    """A rollout with a smaller share of its criteria judged has no reward and drops out."""
+    """A rollout with a smaller share of its criteria judged has no reward and is dropped."""
     length_limit: int | None = Field(default=None, ge=1)
     """A rollout longer than this many tokens is penalised (the paper: 750 on HealthBench)."""
     length_penalty: float = Field(default=1.0, ge=0.0)
-    """What is subtracted from the reward of a rollout over the limit."""
+    """Subtracted from the reward of a rollout over the limit."""
 
     def parts(self, kind: Kind) -> dict[str, float]:
-        """The parts of the reward of this kind of problem, each with its weight."""
+        """Returns the parts of the reward for a kind of problem, each with its weight."""
         return getattr(self, kind)
 
 
@@ -197,50 +196,50 @@ class LearnerConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     """The gradient is scaled down to this norm."""
     advantage_scale: Literal["group", "batch", "none"] = "group"
-    """Divide centred rewards by the standard deviation of their group (GRPO), of the whole batch, or by
-    nothing (Dr. GRPO)."""
+    """Centred rewards are divided by the standard deviation of their group (GRPO), by that of the whole
+    batch, or not at all (Dr. GRPO)."""
     mean_over: Literal["sequence", "token", "constant"] = "sequence"
-    """Every rollout counts the same, whatever its length (GRPO); every token of the step does (DAPO); or a
-    token counts one over rollouts x rollout.max_tokens, whatever their lengths are (Dr. GRPO)."""
+    """`sequence`: every rollout counts the same, whatever its length (GRPO). `token`: every token of the step
+    counts the same (DAPO). `constant`: a token counts 1 / (rollouts x rollout.max_tokens) (Dr. GRPO)."""
     ratio: Literal["token", "sequence"] = "token"
-    """The importance ratio of the policy to its past self, of each token, or of whole rollouts (GSPO, whose
-    clips are 3e-4 and 4e-4)."""
+    """The importance ratio of the policy to the policy before the step: of each token, or of whole rollouts
+    (GSPO, whose clips are 3e-4 and 4e-4)."""
     surrogate: Literal["clipped", "cispo"] = "clipped"
-    """PPO's clip, which takes the gradient of far tokens away, or CISPO's, which only bounds their weight."""
+    """`clipped`: PPO's clip, which removes the gradient of far tokens. `cispo`: it bounds their weight."""
     clip_low: float = Field(default=0.2, ge=0.0, le=1.0)
     """The importance ratio is clipped below 1 - clip_low."""
     clip_high: float = Field(default=0.2, ge=0.0)
     """The importance ratio is clipped above 1 + clip_high."""
     kl_coef: float = Field(default=1e-3, ge=0.0)
-    """Times the estimate of KL(policy || anchor). 0 needs no anchor pass."""
+    """The weight of the estimate of KL(policy || anchor). 0 saves the anchor's pass."""
     kl_in: Literal["reward", "loss"] = "reward"
-    """Subtract the KL from a rollout's reward, as the paper does, or add it to the loss of its tokens."""
+    """The KL is subtracted from a rollout's reward, as in the paper, or added to the loss of its tokens."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """The estimate of a token's KL, by Schulman's names. k1 has the right gradient in the reward; in the
     loss k2 has, k3 nearly, and k1 none."""
     kl_over_tokens: Literal["sum", "mean"] = "sum"
-    """Of a rollout's tokens, where the KL is in the reward."""
+    """How a rollout's KL is made of its tokens', where the KL is in the reward."""
     importance: Literal["none", "token", "sequence"] = "none"
-    """Weigh tokens, or whole rollouts, by the learner's probability over the engine's: for engines whose
-    logprobs differ from the learner's. Off where rollout.top_p or top_k cut the engine's distribution."""
+    """Tokens, or whole rollouts, are weighed by the learner's probability over the engine's. This corrects
+    for engines whose logprobs differ. Off where rollout.top_p or top_k cut the engine's distribution."""
     importance_cap: float = Field(default=2.0, gt=0.0)
-    """No weight above this."""
+    """The largest importance weight."""
     lora_rank: int = Field(default=0, ge=0)
-    """Train adapters of this rank (LoRA) beside the frozen weights; 0 trains the weights. The anchor is then
-    the policy with its adapters off, and needs no memory of its own."""
+    """The rank of adapters (LoRA) that are trained beside the frozen weights; 0 trains the weights. With
+    adapters the anchor is the policy with its adapters off, and needs no memory of its own."""
     lora_alpha: int = Field(default=32, ge=1)
-    """Adapters count lora_alpha / lora_rank."""
+    """Adapters are scaled by lora_alpha / lora_rank."""
     updates_per_step: int = Field(default=1, ge=1)
-    """Optimizer updates on each batch of rollouts."""
+    """The optimizer updates on each batch of rollouts."""
     micro_batch_tokens: Annotated[int, MayChange] = Field(default=16384, ge=64)
-    """Most tokens in one backward pass. It never changes the gradient."""
+    """The most tokens in one backward pass. It never changes the gradient."""
     gradient_checkpointing: Annotated[Literal["auto", "on", "off"], MayChange] = "auto"
-    """Keep each layer's input alone and compute the rest again in the backward pass: a third more time, for
-    when the activations of a micro-batch do not fit. auto: on when they do not."""
+    """Only each layer's input is kept, and the backward pass computes the rest again, in a third more time.
+    `auto` turns it on when the activations of a micro-batch do not fit into memory."""
 
     num_ranks: int = Field(default=1, ge=1)
-    """Processes that the learner's weights are spread over, each with a GPU where there are any: Ray actors,
-    on this machine or on the cluster that RAY_ADDRESS names. 1: none but this one."""
+    """The learner's weights are spread over this many Ray actors, each with a GPU where there are any, on
+    this machine or on the cluster that RAY_ADDRESS names. 1: the learner runs in this process."""
 
     @model_validator(mode="after")
     def _ranks_train_whole_weights(self) -> "LearnerConfig":
@@ -261,41 +260,42 @@ class TrainConfig(Section):
     seed: int = 0
     """Every random draw is a function of (seed, step, stage, problem)."""
     steps: Annotated[int, MayChange] = Field(default=1000, ge=1)
-    """Train until this step."""
+    """Training ends at this step."""
     problems_per_step: int = Field(default=32, ge=1)
-    """Problems in each step; times group_size gives the rollouts per update."""
+    """The problems in each step. Times group_size they give the rollouts per update."""
     shard_size: int | None = Field(default=None, ge=1)
-    """Problems that walk through the stages together, in one file a stage. Shards do not wait for each other.
-    None: each problem walks by itself, or, where transformers answers, the whole step together."""
+    """The problems that pass through the stages together, in one file per stage. Shards do not wait for each
+    other. None: each problem by itself or, where transformers answers, the whole step together."""
     checkpoint_every: Annotated[int, MayChange] = Field(default=10, ge=1)
-    """Steps between checkpoints: at most this many are done again after a crash."""
+    """The steps between checkpoints. After a crash at most this many steps are done again."""
     validation: Annotated[str | None, MayChange] = None
-    """A labelled file: the best checkpoint is then chosen by its score, else by label-free signals."""
+    """A labelled file that chooses the best checkpoint. None: label-free signals choose it."""
     validation_limit: Annotated[int, MayChange] = Field(default=200, ge=1)
-    """Most problems of the validation file that each validation asks."""
+    """The most problems of the validation file that each validation asks."""
     tracker: Annotated[Literal["tensorboard", "wandb", "trackio"] | None, MayChange] = None
-    """Where the figures of every step go besides the run's metrics.jsonl; by that library's own settings and
-    environment variables."""
+    """Where the figures of every step go besides metrics.jsonl. The library's own settings and environment
+    variables apply."""
     patience: Annotated[int | None, MayChange] = Field(default=None, ge=1)
-    """Stop when this many checkpoints in a row were no better than the best. None: never."""
+    """The run stops when this many checkpoints in a row were no better than the best. None: never."""
     max_consensus: Annotated[float | None, MayChange] = Field(default=0.98, gt=0.0, le=1.0)
-    """Stop when the policy's rollouts agree more than this, on average over ten steps (verifiable):
-    there is then nothing left to reconcile and only the collapse ahead. None: never."""
+    """The run stops when the rollouts of verifiable problems agree more than this, on average over ten steps,
+    while entropy falls: nothing is left to reconcile, and a collapse is near. None: never."""
     max_failure_frac: float = Field(default=0.5, gt=0.0, le=1.0)
-    """Stop when a larger share of a step's rollouts than this has no reward."""
+    """The run stops when a larger share of a step's rollouts has no reward."""
     review_gate: Annotated[bool, MayChange] = False
-    """Pause before each update until a person has accepted the step's references in the dashboard."""
+    """The run pauses before each update until a person accepts the step's references in the dashboard."""
 
 
 class BudgetConfig(Section):
-    """Where this start of a run ends, if training has not ended before; the next start goes on from there."""
+    """Where this start of a run ends, if training has not ended before. The next start resumes the run."""
 
     steps: int | None = Field(default=None, ge=1)
     """At most this many steps."""
     minutes: float | None = Field(default=None, gt=0.0)
-    """No step is begun that, as long as the longest so far, would end later than this. One always is."""
+    """Starts no step that would overrun this if it took as long as the longest step so far. The first step
+    always runs."""
     problems: int | None = Field(default=None, ge=1)
-    """No step is begun that would take more problems than this, all in all. One always is."""
+    """Starts no step that would take more problems than this in all. The first step always runs."""
 
 
 class Config(Section):
@@ -306,9 +306,9 @@ class Config(Section):
     model: ModelConfig = Field(default=ModelConfig(), title="Model")
     """The initial policy. Frozen, it is also the anchor."""
     anchor: ModelConfig | None = Field(default=None, title="Anchor")
-    """The initial policy, where another engine runs it; None runs it as `model` says."""
+    """The initial policy, where another engine runs it. None: it runs as `model` says."""
     judge: ModelConfig | None = Field(default=None, title="Judge")
-    """An independent judge for open problems; None asks the anchor."""
+    """An independent judge for open problems. None: the anchor judges."""
     data: DataConfig = Field(default=DataConfig(), title="Data")
     rollout: RolloutConfig = Field(default=RolloutConfig(), title="Rollouts")
     reference: ReferenceConfig = Field(default=ReferenceConfig(), title="References")
@@ -319,8 +319,8 @@ class Config(Section):
 
     @property
     def shard_size(self) -> int:
-        """`train.shard_size`, or what suits the engines: transformers makes a batch of each call, the others
-        of all calls that there are, so that no problem need wait for the long rollouts of another."""
+        """Returns `train.shard_size`, or what suits the engines. transformers makes a batch of each call. The
+        others batch all calls, so no problem need wait for the long rollouts of another."""
         answers = {model.engine for model in (self.model, self.anchor, self.judge) if model}
         return self.train.shard_size or (self.train.problems_per_step if "hf" in answers else 1)
 

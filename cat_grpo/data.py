@@ -1,7 +1,7 @@
 """Rows of a local file, a folder or a hub data set become problems.
 
-Only the mapped columns are read, so that gold answers beside them never reach training. What is wrong is a
-BadInput of one line that says where: `problems.jsonl:7: prompt: expected text or chat messages, got 3`.
+Only the mapped columns are read, so that gold answers beside them never reach training. BadInput says in one
+line where a row is wrong: `problems.jsonl:7: prompt: expected text or chat messages, got 3`.
 """
 
 import csv
@@ -30,7 +30,7 @@ LocatedRow = tuple[str, Row]
 
 
 def load_problems(config: DataConfig) -> Sequence[Problem]:
-    """Every problem of `config.path`, row by row; the files of a folder in the order of their names.
+    """Returns every problem of `config.path`, row by row; a folder's files in the order of their names.
 
     Files that have not changed since the last call are not read again.
     """
@@ -64,7 +64,7 @@ def _problems(settings: str, local: Path | None, files: object) -> tuple[Problem
 
 
 def read_rows(path: Path, columns: Sequence[str] | None) -> Iterator[LocatedRow]:
-    """The rows of a file or of a folder's files, with those of the columns that they have; None: with all."""
+    """The rows of a file or of a folder's files, with those of `columns` that they have; None: with all."""
     for file in _files(path):
         number = 0
         for number, row in _numbered_rows(file, columns):
@@ -74,7 +74,7 @@ def read_rows(path: Path, columns: Sequence[str] | None) -> Iterator[LocatedRow]
 
 
 def dataset_rows(dataset: "Dataset", name: str, columns: Sequence[str]) -> Iterator[LocatedRow]:
-    """The rows of a `datasets` data set, with those of the columns that it has."""
+    """The rows of a `datasets` data set, with those of `columns` that it has."""
     chosen = dataset.select_columns([column for column in columns if column in dataset.column_names])
     if len(dataset) == 0:
         raise BadInput(f"{name}: no rows")
@@ -236,7 +236,7 @@ def _parquet_rows(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[i
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """The lines with their ends, decoded one by one: an error then has a line."""
+    """Decodes the lines, with their ends, one by one, so that an error has a line."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:

@@ -1,4 +1,4 @@
-"""The only reader of gold answers: how good a policy and its references really are, on labelled problems."""
+"""The only reader of gold answers measures how good a policy and its references are on labelled problems."""
 
 import asyncio
 import json
@@ -37,7 +37,7 @@ class LabelledProblem:
 
 
 def load_labelled(path: Path, limit: int | None = None) -> list[LabelledProblem]:
-    """Rows `id, prompt, kind, answer | points` of a file, at most `limit`; BadInput with file and line.
+    """Reads at most `limit` rows `id, prompt, kind, answer | points`. BadInput names file and line.
 
     `lab:verifiable` and `lab:open` are the held-out files that ship with cat_grpo.
     """
@@ -57,7 +57,7 @@ async def evaluate(
     seed: int = 0,
     secrets: Mapping[str, str] | None = None,
 ) -> dict[str, float]:
-    """The figures of `measure` for a model, by default the config's, on a labelled file.
+    """Returns the figures of `measure` for a model, by default the config's, on a labelled file.
 
     The anchor is by default what a checkpoint of ours was trained with, else the model itself.
     """
@@ -81,11 +81,11 @@ async def evaluate(
 async def measure(
     labelled: Sequence[LabelledProblem], engines: Engines, config: Config, seed: int = 0
 ) -> dict[str, float]:
-    """Means over problems, each with its standard error `<name>_se`, at training temperature.
+    """Returns means over problems, each with its standard error `<name>_se`, at training temperature.
 
     Verifiable: pass@1, maj@G, pass@G, reference_accuracy (without a reference: wrong),
-    reference_right_all_wrong. Open: points_f1, reference_points_f1, rubric_reward. A figure without a single
-    problem to count is left out.
+    reference_right_all_wrong. Open: points_f1, reference_points_f1, rubric_reward. A figure that no
+    problem counts for is left out.
     """
     problems = [item.problem for item in labelled]
     seeds = [seed_of(seed, 0, "evaluate", problem.id) for problem in problems]

@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all; and seeds, which depend on names and on nothing else."""
+"""Whole files, which appear complete or not at all, and seeds, which depend on names alone."""
 
 import hashlib
 import os
@@ -10,9 +10,9 @@ from pathlib import Path
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A place to write a file or a folder at. When the block ends, it stands at `path`, on the disk.
+    """Gives a place to write a file or folder at, which stands at `path`, on the disk, when the block ends.
 
-    Until then `path` has its old content, and keeps it when the block raises.
+    Until then `path` has its old content. It keeps that when the block raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -31,7 +31,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """The file has the old text or the new one, never a part of it."""
+    """Writes the text. The file has the old text or the new one, never a part."""
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -47,7 +47,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def seed_of(run_seed: int, step: int, stage: str, problem_id: str) -> int:
-    """63 bits that depend on all four and on nothing else."""
+    """Returns 63 bits that depend on all four arguments and on nothing else."""
     digest = hashlib.sha256(f"{run_seed} {step} {stage} {problem_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 

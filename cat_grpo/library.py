@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def train(config: Config, run_dir: str | Path, observer: "Observer | None" = None) -> "RunDir":
-    """Trains in a run directory, a new one or one that is resumed, and returns it.
+    """Trains in a run directory and returns it. An existing run is resumed.
 
     BadInput for what cannot be used, Stopped where the run cannot continue.
     """
@@ -41,7 +41,7 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Means over the problems of a labelled file, each with its standard error `<name>_se`.
+    """Returns means over the problems of a labelled file, each with its standard error `<name>_se`.
 
     `model` is a checkpoint, a hub id or `lab`, by default the config's; the anchor is by default what a
     checkpoint of ours was trained with.

@@ -1,4 +1,4 @@
-"""What a step's records say, as slash-named floats. A figure that has nothing to count is left out."""
+"""A step's figures, as slash-named floats. A figure that has nothing to count is left out."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ WINDOW = 10
 
 
 def step_metrics(rewarded: Sequence[RewardedGroup], total_rewards: "Tensor") -> Metrics:
-    """Figures of one step. `total_rewards` is (P, G): what the advantages are made of, NaN for none."""
+    """Returns the figures of one step. `total_rewards` (P, G) makes the advantages; NaN stands for none."""
     figures = (
         _reference_metrics(rewarded)
         | _consensus_metrics([group for group in rewarded if group.group.problem.has_final_answer])
@@ -48,13 +48,13 @@ def differs_from_all(group: RewardedGroup) -> bool | None:
 
 
 def mean(values: Iterable[float]) -> float:
-    """NaN of nothing."""
+    """Returns the mean, or NaN when there are no values."""
     values = list(values)
     return sum(values) / len(values) if values else math.nan
 
 
 def std(values: Sequence[float]) -> float:
-    """Population standard deviation."""
+    """Returns the population standard deviation."""
     centre = mean(values)
     return math.sqrt(mean((value - centre) ** 2 for value in values))
 
@@ -126,7 +126,7 @@ def _length_metrics(rewarded: Sequence[RewardedGroup]) -> Metrics:
 
 
 def _length_correlation(rewarded: Sequence[RewardedGroup]) -> float:
-    """Pearson's, over all rollouts with a reward; NaN where either side is constant."""
+    """Returns Pearson's correlation over all rollouts with a reward; NaN where either side is constant."""
     pairs = [
         (float(len(rollout.token_ids)), reward.reward)
         for group in rewarded

@@ -1,4 +1,4 @@
-"""Folders of models: where a model is, and what a model of ours says of itself."""
+"""Model folders: where a model is, and the card in which a model of ours describes itself."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run will ask of its models, worked out from its config: the `--dry-run`."""
+"""The plan of a run, for `--dry-run`: how much its config will ask of its models."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class StagePlan:
 
 
 def plan(config: Config, problems: Sequence[Problem]) -> list[StagePlan]:
-    """Upper bounds for one step, stage by stage; open problems at the share that the data have."""
+    """Returns upper bounds for one step, stage by stage, with the data's share of open problems."""
     num_problems, group_size = config.train.problems_per_step, config.rollout.group_size
     num_open = round(num_problems * Counter(problem.kind for problem in problems)["open"] / len(problems))
     num_verdicts = num_open * group_size * config.reward.max_criteria

@@ -1,7 +1,6 @@
-"""What flows between the stages. Frozen: a stage makes a new record and never fills in an old one.
+"""The records that flow between the stages. A stage makes new ones and never fills in an old one.
 
-There is no gold answer among these types: training cannot read what it cannot hold. Labelled problems
-live in `evaluate`, and only there.
+No type here holds a gold answer, so training cannot read one. Labelled problems live in `evaluation` alone.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,14 +44,14 @@ class Problem:
 
 
 def kinds_of(problems: Iterable[Problem]) -> list[Kind]:
-    """The kinds that there are among the problems."""
+    """Returns the kinds of the problems, each once."""
     present = {problem.kind for problem in problems}
     return [kind for kind in get_args(Kind) if kind in present]
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What an engine wrote to a prompt."""
+    """A text that an engine wrote in answer to a prompt."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -64,14 +63,14 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one call cost."""
+    """The cost of one call."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    """Of the prompt's tokens, those that a prefix cache had already."""
+    """Prompt tokens that a prefix cache already had."""
     completion_tokens: int = 0
     retries: int = 0
-    """Requests that failed before the one that was answered."""
+    """Failed requests before the one that was answered."""
     cost: float = 0.0
     """At the prices of the config."""
 
@@ -89,7 +88,7 @@ class Generation:
     def counted(
         cls, prompt_token_ids: Sequence[int], completions: Sequence[Completion], cached_tokens: int = 0
     ) -> "Generation":
-        """Its usage is what its ids say."""
+        """Makes a generation whose usage is counted from its ids."""
         written = sum(len(completion.token_ids) for completion in completions)
         usage = Usage(len(prompt_token_ids), cached_tokens, written)
         return cls(tuple(prompt_token_ids), tuple(completions), usage)
@@ -128,21 +127,21 @@ class Reference:
     """
 
     text: str | None
-    """None when the estimator gave nothing usable: the group then drops out and is counted."""
+    """None when the estimator gave nothing usable. The group is then dropped and counted."""
     answer: str | None = None
     """The final answer in the text; None for a problem that asks for none."""
     token_ids: tuple[int, ...] = ()
-    """Of the text as its engine wrote it, or of the chosen rollout; empty where it is known as text alone."""
+    """The ids as the engine wrote them, or the chosen rollout's; empty where only the text is known."""
     chosen: int | None = None
     """The rollout that the reference is, for an estimator that selects one."""
     written: str = ""
-    """What the anchor wrote, also where it cannot be used; empty for an estimator that asks no model."""
+    """The anchor's own words, kept also where they cannot be used; empty where no model was asked."""
     refused: str | None = None
     """Why `text` is None."""
     prompt: str = ""
-    """What the anchor read; empty for an estimator that asks no model."""
+    """The prompt that the anchor read; empty where no model was asked."""
     num_tokens: int = 0
-    """Tokens that the anchor wrote."""
+    """The number of tokens that the anchor wrote."""
     finish_reason: FinishReason | None = None
     problem_id: str = ""
     estimator: str = ""
@@ -163,7 +162,7 @@ class Rubric:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The judge on one criterion and one rollout."""
+    """The judge's answer to one criterion about one rollout."""
 
     satisfied: bool | None
     """None: the judge abstained, or could not be read. Never counted as a no."""
@@ -173,24 +172,24 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class PartReward:
-    """One part of the reward, of all rollouts of one group."""
+    """One part of the rewards of one group."""
 
     rewards: tuple[float | None, ...]
     """One per rollout; None for one that could not be judged."""
     rubric: Rubric | None = None
-    """What the rollouts were judged by, where there was a rubric."""
+    """The rubric that the rollouts were judged by, if any."""
     verdicts: tuple[tuple[Verdict, ...], ...] = ()
     """Per rollout, one verdict per criterion; empty without a rubric."""
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutReward:
-    """What one rollout earned. `reward` is None when it could not be judged: it drops out and is counted."""
+    """The reward of one rollout. None when it could not be judged: the rollout is dropped and counted."""
 
     reward: float | None
     """The weighted sum of the parts; in [0, 1] where they and their weights are the paper's."""
     penalty: float = 0.0
-    """Subtracted from the reward before the advantage, logged apart: 0.0 or more."""
+    """Subtracted from the reward before the advantage, and logged apart; 0.0 or more."""
     parts: Mapping[str, float | None] = field(default_factory=dict)
     """Each part of the reward by its name in the config, before its weight."""
     agrees: bool | None = None

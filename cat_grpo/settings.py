@@ -21,7 +21,7 @@ _PRESETS = Path(__file__).parent / "presets"
 
 
 def preset_names() -> list[str]:
-    """The presets that ship with cat_grpo."""
+    """Returns the presets that ship with cat_grpo."""
     return sorted(path.stem for path in _PRESETS.glob("*.toml"))
 
 
@@ -31,7 +31,7 @@ def load_config(
     overrides: Iterable[str] = (),
     base: Mapping[str, Any] | None = None,
 ) -> Config:
-    """The config of the defaults, then `base`, the preset, a TOML file, and overrides `section.key=value`.
+    """Merges the defaults, `base`, the preset, a TOML file and overrides `section.key=value`, in this order.
 
     BadInput names the source and the key in one line.
     """
@@ -50,13 +50,13 @@ def load_config(
 
 
 def read_config(path: Path) -> Config:
-    """The config that is saved as JSON; a key that it lacks has its default. BadInput names file and key."""
+    """Reads a config that was saved as JSON. A missing key has its default. BadInput names file and key."""
     with _named(str(path)):
         return Config.model_validate_json(path.read_text(encoding="utf-8"))
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, ours, theirs) of each setting that differs between two trees; None stands for a missing one."""
+    """Returns (key, ours, theirs) of each setting that differs; None stands for a missing one."""
     flat = [dict(_flat(tree)) for tree in (ours, theirs)]
     keys = dict.fromkeys([*flat[0], *flat[1]])
     pairs = [(key, flat[0].get(key), flat[1].get(key)) for key in keys]
@@ -69,7 +69,7 @@ def may_change(key: str) -> bool:
 
 
 def _fields(key: str, section: type[BaseModel] = Config) -> Iterator[FieldInfo]:
-    """The fields on the way to `section.key`, as far as there are any: below a dict there are none."""
+    """Yields the fields on the way to `section.key`. Below a dict there are none."""
     name, _, below = key.partition(".")
     if field := section.model_fields.get(name):
         yield field

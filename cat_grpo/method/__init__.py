@@ -1,6 +1,6 @@
 """Estimators and rewards are plain functions known by name: those that ship, and a user's by import path.
 
-What such a function needs of a run stands on it, by the decorator `needs`.
+The decorator `needs` says what such a function needs of a run.
 """
 
 import importlib
@@ -31,7 +31,7 @@ def needs(*templates: str, kinds: Collection[Kind] = get_args(Kind)) -> Callable
 
 
 def find(name: str, shipped: Mapping[str, F], setting: str) -> F:
-    """The function that a setting names: one that ships, or `module:function`.
+    """Returns the function that a setting names: one that ships, or `module:function`.
 
     A module is looked for on the import path and then in the current folder. BadInput names the setting.
     """

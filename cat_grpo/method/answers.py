@@ -1,4 +1,4 @@
-r"""Final answers: read from `\boxed{...}`, compared, counted."""
+r"""Final answers are read from `\boxed{...}`, compared and counted."""
 
 import asyncio
 import re
@@ -72,7 +72,7 @@ def clusters(answers: Sequence[str | None], same: Callable[[str, str], bool]) ->
 
 
 def majority(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> Vote:
-    """The vote over equivalence classes. What was not parsed does not vote."""
+    """Counts votes over equivalence classes. What was not parsed does not vote."""
     classes = clusters(answers, same)
     if not classes:
         return Vote(None, 0, False)
@@ -82,7 +82,7 @@ def majority(answers: Sequence[str | None], same: Callable[[str, str], bool]) ->
 
 
 async def votes_of(groups: Sequence[Group], equivalence: Equivalence) -> list[Vote]:
-    """The vote of each group, all at once and off the event loop: a comparison may ask another process."""
+    """Counts the votes of all groups at once, off the event loop: a comparison may ask another process."""
     same = same_answer(equivalence)
     return await asyncio.gather(
         *(asyncio.to_thread(majority, rollout_answers(group), same) for group in groups)
@@ -92,7 +92,7 @@ async def votes_of(groups: Sequence[Group], equivalence: Equivalence) -> list[Vo
 async def agreements(
     groups: Sequence[Group], references: Sequence[Reference], equivalence: Equivalence
 ) -> list[list[bool | None]]:
-    """Whether each rollout's final answer equals its reference's; None where the reference has none.
+    """Returns whether each rollout's final answer equals its reference's; None where there is none.
 
     A rollout without an answer agrees with nothing.
     """

@@ -1,7 +1,7 @@
-"""Compute as Teacher, once: explore, estimate references, derive rewards (CaT, figure 1).
+"""Compute as Teacher: explore, estimate references, derive rewards (CaT, figure 1).
 
-Training, evaluation and synthesis all call these three. Which functions they call is the config's choice:
-estimation and derivation know nothing of each other, so any pair of them is a run.
+Training, evaluation and synthesis all call these three. The config chooses the functions that they call.
+Estimation and derivation know nothing of each other, so any pair of them makes a run.
 """
 
 import inspect
@@ -35,14 +35,14 @@ from cat_grpo.records import (
 async def explore(
     problems: Sequence[Problem], engines: Engines, config: Config, seeds: Sequence[int]
 ) -> list[Group]:
-    """The policy's rollouts: one group per problem, in order; `seeds` has one per problem."""
+    """Samples one group of rollouts per problem, in order; `seeds` has one per problem."""
     return await generate_rollouts(problems, engines.policy, config, seeds)
 
 
 async def estimate(
     groups: Sequence[Group], engines: Engines, config: Config, seeds: Sequence[int]
 ) -> list[Reference]:
-    """One reference per group, in order, by the estimator that the config names; with the group's vote.
+    """Makes one reference per group, in order, by the config's estimator, and adds the group's vote.
 
     `text` is None where the estimator gave nothing usable, and for a problem with a final answer where the
     text has none.
@@ -61,7 +61,7 @@ async def derive(
     config: Config,
     seeds: Sequence[int],
 ) -> list[RewardedGroup]:
-    """One rewarded group per group, in order: the parts of each problem's kind, weighted and added."""
+    """Rewards every group, in order: the parts of its problem's kind, weighted and added."""
     agrees = await agreements(groups, references, config.reward.equivalence)
     parts: list[dict[str, PartReward]] = [{} for _ in groups]
     for kind in kinds_of(group.problem for group in groups):
@@ -76,7 +76,7 @@ async def derive(
 
 
 def templates(config: Config, kinds: Iterable[Kind]) -> list[str]:
-    """The templates that a run with problems of these kinds fills in."""
+    """Returns the templates that a run with problems of these kinds fills in."""
     names: dict[str, None] = {}
     for kind in kinds:
         names[solve_template(kind)] = None
@@ -109,7 +109,7 @@ def _rewards(config: Config, kind: Kind) -> dict[str, Reward]:
 
 
 def _completed(group: Group, reference: Reference, vote: Vote, estimator: str) -> Reference:
-    """The estimator's reference with what holds for every estimator."""
+    """Completes the estimator's reference with what holds for every estimator."""
     text, answer, refused = reference.text, None, reference.refused
     if text is not None and group.problem.has_final_answer:
         answer = extract_answer(text)
@@ -130,7 +130,7 @@ def _completed(group: Group, reference: Reference, vote: Vote, estimator: str) -
 async def _part(
     kind: Kind, name: str, asked: Sequence[Any], engines: Engines, config: Config
 ) -> list[PartReward]:
-    """One part of the reward of these groups, references and seeds."""
+    """Asks one part of the reward for these groups, references and seeds, and checks what it gives."""
     groups, references, seeds = asked
     function = find(name, REWARDS, f"reward.{kind}")
     made = await _awaited(function(groups, references, engines, config, seeds))
@@ -164,7 +164,7 @@ def _rewarded(
 
 
 async def _awaited(made: Any) -> Any:
-    """A function of the user's need not be async."""
+    """Awaits what a function gave, if need be: a user's function need not be async."""
     return await made if inspect.isawaitable(made) else made
 
 

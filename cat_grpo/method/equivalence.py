@@ -42,7 +42,7 @@ def equivalent(a: str, b: str) -> bool:
 
 
 def read_timeouts() -> int:
-    """How many pairs this process has given up on since this was asked last."""
+    """Returns how many pairs this process has given up on since the last call."""
     global _num_timeouts
     with _count:
         number, _num_timeouts = _num_timeouts, 0

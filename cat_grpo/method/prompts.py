@@ -55,7 +55,7 @@ def refuse_missing(prompt_set: str, names: Iterable[str]) -> None:
 
 
 def fence(text: str, tag: str) -> str:
-    """Untrusted text made unable to open or close the tag that a template puts around it."""
+    """Makes untrusted text unable to open or close the tag that a template puts around it."""
     # A field that was not given is no str yet: str() has Jinja name it.
     return re.sub(rf"<(?=\s*/?\s*{re.escape(tag)}\b)", "&lt;", str(text), flags=re.IGNORECASE)
 

@@ -1,1 +1,1 @@
-"""A training run: what is on disk, and what happens in which order."""
+"""A training run: its files, and the order in which things happen."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: saved whole or not at all, for `from_pretrained`, and to resume from bit for bit."""
+"""Checkpoints are saved whole or not at all, for `from_pretrained` and to resume a run bit for bit."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ class Checkpoints:
     def save(
         self, step: int, learner: TrainsPolicy, tokenizer: PreTrainedTokenizerBase, card: Mapping, best: bool
     ) -> Path:
-        """Everything after `step` finished steps. All older ones but the best go.
+        """Saves everything after `step` finished steps, and removes all older ones but the best.
 
         `latest` is linked last: a save that was cut short is made again from the one before.
         """
@@ -40,12 +40,12 @@ class Checkpoints:
         return final
 
     def latest_step(self) -> int:
-        """How many steps `latest` has behind it; 0 when there is none."""
+        """Returns how many steps are behind `latest`; 0 when there is none."""
         latest = self.folder / "latest"
         return int(latest.resolve().name) if latest.exists() else 0
 
     def restore(self, learner: TrainsPolicy) -> None:
-        """The weights and the optimizer of `latest`."""
+        """Gives the learner the weights and the optimizer of `latest`."""
         learner.restore(self.folder / "latest")
 
     def _link(self, name: str, target: Path) -> None:
@@ -60,7 +60,7 @@ class Checkpoints:
 
 
 def export_model(checkpoint: Path, out: Path, dtype: Literal["float32", "bfloat16"]) -> Path:
-    """The checkpoint as a plain model folder. BadInput when there is none, or something is at `out`."""
+    """Writes the checkpoint as a plain model folder. BadInput when it is missing or `out` exists."""
     if not checkpoint.exists():
         raise BadInput(f"{checkpoint}: no such checkpoint")
     if out.exists():

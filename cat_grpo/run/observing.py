@@ -1,4 +1,4 @@
-"""How others follow a run: told of its stages and figures, and asked once a step."""
+"""Observers follow a run: they hear of its stages and figures, and are asked once a step."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,16 +8,16 @@ from cat_grpo.run.rundir import RunDir
 
 
 class Observer:
-    """Is told what a run does. This one does nothing: a subclass overrides what it wants to hear of."""
+    """Hears what a run does. This one does nothing: a subclass overrides what it wants to hear."""
 
     def started(self, stage: str, step: int) -> None:
-        """A stage of the step has begun: its first shard, where it has several."""
+        """A stage of the step has begun, with its first shard."""
 
     def finished(self, stage: str, step: int, error: BaseException | None) -> None:
-        """The stage has ended: all of its shards, or by `error` one of them."""
+        """The stage has ended: all its shards are done, or one of them failed with `error`."""
 
     async def accepts(self, run: RunDir, step: int) -> bool:
-        """Whether the step's references may train the policy. Asked between its rewards and its update."""
+        """Returns whether the step's references may train the policy; asked between rewards and update."""
         return True
 
     async def figures(self, run: RunDir, history: Sequence[Metrics], reason: str | None) -> None:
@@ -33,7 +33,7 @@ class Telling:
 
     @contextmanager
     def of_shard(self) -> Iterator[None]:
-        """Around one shard's part of the stage."""
+        """Wraps one shard's part of the stage."""
         if not self._has_begun:
             self._has_begun = True
             self._observer.started(*self._about)

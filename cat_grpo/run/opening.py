@@ -1,4 +1,4 @@
-"""A training run is opened: what it reads is checked, its models are loaded, and it begins or is resumed."""
+"""Opens a training run: checks what it reads, loads its models, and begins or resumes it."""
 
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -38,9 +38,9 @@ NUM_PROBES = 8
 async def open_loop(
     config: Config, run_path: Path, secrets: Mapping[str, str] | None = None
 ) -> AsyncIterator[Loop]:
-    """Opens a new run, or the one in `run_path` from its latest checkpoint on; at the end all is closed.
+    """Opens a new run, or the existing one in `run_path` at its latest checkpoint; closes all at the end.
 
-    `secrets` as the engines want them. BadInput for what cannot be used.
+    `secrets` are the keys that the config names by `prefect:NAME`. BadInput for what cannot be used.
     """
     refuse_untrainable(config)
     problems = load_problems(config.data)
@@ -90,7 +90,7 @@ async def open_loop(
 
 
 def _policy(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that is trained. Its weights are in float32; beside adapters they are only computed with."""
+    """Loads the model that is trained: its weights in float32, or in the compute type beside adapters."""
     lora_rank = config.learner.lora_rank
     model, tokenizer = load_model_and_tokenizer(config.model, None if lora_rank else torch.float32)
     if has_adapters(model):
@@ -110,7 +110,7 @@ def _probes(problems: Sequence[Problem], live: HFEngine, prompt_set: str) -> lis
 
 
 def _trained_on(problems: Sequence[Problem], config: DataConfig, run_path: Path) -> list[str]:
-    """The ids without those whose reference was marked wrong. BadInput when none is left."""
+    """Returns the ids without those whose reference was marked wrong. BadInput when none is left."""
     reviews = {None: None, "own": run_path / REVIEWS}.get(config.reviews, Path(config.reviews or ""))
     wrong = wrong_problems(read_reviews(reviews)) if reviews else set()
     ids = [problem.id for problem in problems if problem.id not in wrong]

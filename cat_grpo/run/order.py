@@ -1,7 +1,7 @@
 """Which problems a step takes: a function of the run's seed, the step, and how the data has changed so far.
 
-Data may grow and shrink between one start of a run and the next. What came and what left is written down with
-the first step that it counts for; steps that were begun keep the problems that they began with.
+Data may grow and shrink between one start of a run and the next. The run records what came and what left,
+with the first step that it counts for. Steps that were begun keep their problems.
 """
 
 import json
@@ -16,7 +16,7 @@ from cat_grpo.records import Problem
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What came into the data and what left it, ids of problems, ahead of a step."""
+    """The ids of the problems that came into the data and that left it, ahead of a step."""
 
     step: int
     came: tuple[str, ...]
@@ -24,7 +24,7 @@ class Change:
 
 
 def changes_with(changes: Sequence[Change], ids: Sequence[str], step: int) -> tuple[Change, ...]:
-    """The changes, and from `step` on whatever makes `ids` of them."""
+    """Adds the change, if any, that makes `ids` of the data from `step` on."""
     present = _present(changes)
     came = tuple(name for name in ids if name not in present)
     wanted = set(ids)
@@ -35,7 +35,7 @@ def changes_with(changes: Sequence[Change], ids: Sequence[str], step: int) -> tu
 class ProblemOrder:
     """Which problems each step takes: epochs of the whole data, one after another, each in its own order.
 
-    What comes in amid an epoch is taken at its end.
+    Problems that come amid an epoch are taken at its end.
     """
 
     def __init__(self, changes: Sequence[Change], num_problems: int, seed: int) -> None:
@@ -59,7 +59,7 @@ def _draw(changes: Sequence[Change], num_problems: int, seed: int) -> Iterator[l
     coming = deque(enumerate(changes))
     known: list[str] = []
     queue: deque[str] = deque()
-    """What is left of the epoch."""
+    """The rest of the epoch."""
     epoch = step = 0
     while True:
         while coming and coming[0][1].step == step:
@@ -83,8 +83,10 @@ def _shuffled(ids: Sequence[str], seed: str) -> list[str]:
 
 
 def rollout_keys(problems: Sequence[Problem]) -> list[str]:
-    """What the rollouts of a step's problems are seeded by: the id, and for a problem that comes once more in
-    the step its number too. With the id alone it would bring the very same rollouts again."""
+    """Returns what seeds each problem's rollouts: its id, and a number too when it comes again in the step.
+
+    With the id alone it would have the same rollouts again.
+    """
     seen: Counter[str] = Counter()
     keys = []
     for problem in problems:
@@ -94,7 +96,7 @@ def rollout_keys(problems: Sequence[Problem]) -> list[str]:
 
 
 def change_lines(changes: Iterable[Change]) -> str:
-    """The text that `read_changes` reads."""
+    """Returns the text that `read_changes` reads."""
     return "".join(
         json.dumps({"step": change.step, "came": change.came, "left": change.left}) + "\n"
         for change in changes
@@ -102,14 +104,14 @@ def change_lines(changes: Iterable[Change]) -> str:
 
 
 def read_changes(path: Path) -> tuple[Change, ...]:
-    """The changes that a file tells of; () where there is no file."""
+    """Returns the changes in a file; () when there is no file."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     told = map(json.loads, lines)
     return tuple(Change(one["step"], tuple(one["came"]), tuple(one["left"])) for one in told)
 
 
 def _present(changes: Sequence[Change]) -> dict[str, None]:
-    """In the order of coming."""
+    """Returns the ids that are in the data, in the order in which they came."""
     present: dict[str, None] = {}
     for change in changes:
         for name in change.left:

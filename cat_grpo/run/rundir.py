@@ -1,6 +1,6 @@
 """The run directory is the truth: what it holds was done, and what it lacks is still to do.
 
-    config.json  manifest.json  metrics.jsonl (a line per finished step)  changes.jsonl (of the data)
+    config.json  manifest.json  metrics.jsonl (a line per finished step)  changes.jsonl (in the data)
     steps/000012/rollouts-00.parquet  references-00.parquet  rewards-00.parquet  groups.parquet
     steps/000012/gate.json (what a person decided)
     reviews.jsonl  checkpoints/000020/  latest -> 000020  best -> 000010
@@ -55,7 +55,7 @@ class RunDir:
 
     @classmethod
     def open(cls, path: Path, config: Config, problems: Sequence[Problem]) -> "RunDir":
-        """A new run, or the one that is there, to be resumed.
+        """Opens a new run, or resumes the existing one.
 
         BadInput when the run there was started with settings that would make its steps mean another thing.
         """
@@ -72,7 +72,7 @@ class RunDir:
         return best if best.exists() else self.checkpoints / "latest"
 
     def seed(self, step: int, stage: str, problem_id: str) -> int:
-        """A function of (run seed, step, stage, problem) and of nothing else."""
+        """Returns a seed that depends on (run seed, step, stage, problem) and on nothing else."""
         return seed_of(self.config.train.seed, step, stage, problem_id)
 
     def step_folder(self, step: int) -> Path:
@@ -101,7 +101,7 @@ class RunDir:
         return rewarded_from(rows, self.read_groups(step, shard), self.read_references(step, shard))
 
     def read_step(self, step: int, first: int | None = None) -> list[RewardedGroup]:
-        """The groups of all shards of a step that are done, in order; or the first so many."""
+        """Returns the groups of the step's finished shards, in order, or only the `first` ones."""
         num_shards = len(list(self.step_folder(step).glob("rewards-*.parquet")))
         if first is not None:
             num_shards = min(num_shards, -(-first // self.config.shard_size))
@@ -114,12 +114,12 @@ class RunDir:
         return write_table(map(asdict, summaries), SUMMARIES, self.summaries_file(step))
 
     def first_free_step(self) -> int:
-        """The first step that nothing was made for, nor for any after it."""
+        """Returns the step after the last one that has any file."""
         begun = [int(folder.name) for folder in self.path.glob("steps/*")]
         return max(begun, default=-1) + 1
 
     def take_in(self, ids: Sequence[str]) -> tuple[Change, ...]:
-        """The data has these problems now: from the first free step on. Returns all changes so far."""
+        """Records that the data now has these problems, from the first free step on. Returns all changes."""
         path = self.path / "changes.jsonl"
         before = read_changes(path)
         changes = changes_with(before, ids, self.first_free_step() if before else 0)
@@ -128,7 +128,7 @@ class RunDir:
         return changes
 
     def write_decision(self, step: int, accepted: bool, note: str) -> None:
-        """What a person said to the step's references: a step that is done again does not ask again."""
+        """Keeps a person's decision on the step's references: a step done again does not ask again."""
         text = json.dumps({"accepted": accepted, "note": note}, ensure_ascii=False)
         write_whole(self.step_folder(step) / "gate.json", text)
 
@@ -138,16 +138,16 @@ class RunDir:
         return json.loads(path.read_text(encoding="utf-8"))["accepted"] if path.exists() else None
 
     def metrics(self) -> list[Metrics]:
-        """One dict per finished step, in order."""
+        """Reads one dict per finished step, in order."""
         path = self.path / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def add_metrics(self, metrics: Metrics) -> None:
-        """One line more, whatever the length of the history."""
+        """Appends the line of one step, in a time that does not grow with the history."""
         append_line(self.path / "metrics.jsonl", json.dumps(metrics))
 
     def cut_metrics(self, num_steps: int) -> list[Metrics]:
-        """The lines of the first `num_steps` steps; those behind them are dropped, whole or not."""
+        """Returns the lines of the first `num_steps` steps and drops all others, even a broken one."""
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         if len(lines) > num_steps:
@@ -158,8 +158,7 @@ class RunDir:
 def refuse_other_settings(path: Path, config: Config, problems: Sequence[Problem]) -> None:
     """BadInput when `path` cannot be the directory of a run with these settings and templates.
 
-    A setting that the run there did not have yet had its default; a template that it did not have does not
-    count.
+    A setting that the saved run lacks had its default. A template that it has not used yet does not count.
     """
     if path.exists() and not path.is_dir():
         raise BadInput(f"{path}: is not a directory")
@@ -183,7 +182,7 @@ def _hashes(config: Config, problems: Sequence[Problem]) -> dict[str, str]:
 
 
 def _saved_hashes(path: Path) -> dict[str, str]:
-    """Of the templates that the run there has used so far; {} for a new run."""
+    """Returns the hashes of the templates that the saved run has used; {} for a new run."""
     manifest = path / "manifest.json"
     return json.loads(manifest.read_text(encoding="utf-8"))["prompt_hashes"] if manifest.exists() else {}
 

@@ -39,18 +39,18 @@ STAGES = ("rollouts", "references", "rewards")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loop:
-    """What a training run holds while it runs. Its stages take numbers and leave files."""
+    """Holds what a training run needs while it runs. Its stages take numbers and leave files."""
 
     config: Config
     run: RunDir
     problems: Mapping[str, Problem]
-    """By id."""
+    """The problems by id."""
     order: ProblemOrder
     validation: Sequence[LabelledProblem]
     engines: Engines
     learner: TrainsPolicy
     live: HFEngine
-    """The learner's own module, to be asked."""
+    """An engine that answers with the learner's own module."""
     tokenizer: PreTrainedTokenizerBase
     checkpoints: Checkpoints
     probes: Sequence[Probe]
@@ -61,7 +61,7 @@ class Loop:
 
     @property
     def next_step(self) -> int:
-        """The first step without a checkpoint behind it. Stage files of later steps are used again."""
+        """The first step after the latest checkpoint. Stage files of later steps are used again."""
         return self.checkpoints.latest_step()
 
     @property
@@ -69,7 +69,7 @@ class Loop:
         return -(-self.config.train.problems_per_step // self.config.shard_size)
 
     async def rollouts(self, step: int, shard: int) -> Path:
-        """Stage 1 on one shard of the step's problems."""
+        """Runs stage 1 on one shard of the step's problems."""
         path = self.run.stage_file(step, "rollouts", shard)
         if path.exists():
             return path
@@ -80,7 +80,7 @@ class Loop:
         return self.run.write_groups(step, shard, groups)
 
     async def references(self, step: int, shard: int) -> Path:
-        """Stage 2 on the shard's groups."""
+        """Runs stage 2 on the shard's groups."""
         path = self.run.stage_file(step, "references", shard)
         if path.exists():
             return path
@@ -90,7 +90,7 @@ class Loop:
         return self.run.write_references(step, shard, references)
 
     async def rewards(self, step: int, shard: int) -> Path:
-        """Stage 3 on the shard's groups and references."""
+        """Runs stage 3 on the shard's groups and references."""
         path = self.run.stage_file(step, "rewards", shard)
         if path.exists():
             return path
@@ -101,7 +101,7 @@ class Loop:
         return self.run.write_rewards(step, shard, rewarded)
 
     async def update(self, step: int) -> Metrics:
-        """Stages 4 and 5 on all shards of the step, and its line of the history."""
+        """Runs stages 4 and 5 on all shards of the step. Returns its line of the history."""
         started = time.monotonic()
         rewarded, config = self.run.read_step(step), self.config.learner
         anchor = await self._logprobs(self.engines.anchor, rewarded) if config.kl_coef else []
@@ -124,7 +124,7 @@ class Loop:
         return self._line(step, metrics)
 
     async def skip(self, step: int) -> Metrics:
-        """In place of the update, where a person has refused the step's references: the weights stay."""
+        """Replaces the update where a person refused the step's references: the weights stay."""
         rewarded = self.run.read_step(step)
         rewards = total_rewards(rewarded, [], self.config.learner.kl_coef)
         advantages = group_advantages(rewards, self.config.learner.advantage_scale)
@@ -166,7 +166,7 @@ class Loop:
         return Engines(on(engines.policy), on(engines.anchor), on(engines.judge))
 
     async def _update(self, step: int, batch: Batch, kl: Sequence[Sequence[float]]) -> dict[str, float]:
-        """The learner's figures. NotFiniteError names the file in which the batch then is."""
+        """Returns the learner's figures. NotFiniteError names the file that then holds the batch."""
         try:
             if not all(math.isfinite(value) for group in kl for value in group):
                 raise NotFiniteError("the KL is not finite")  # as a reward it would pass for a missing one
@@ -195,7 +195,7 @@ class Loop:
         self.run.write_summaries(step, summarise_update(rewarded, kl, totals, moved))
 
     def _line(self, step: int, metrics: Metrics) -> Metrics:
-        """The step's line of the history, with what its stages have asked of the engines."""
+        """Returns the step's line of the history, with the figures of its engines."""
         line = {"step": float(step), **metrics}
         if timeouts := read_timeouts():
             line["consensus/timeouts"] = float(timeouts)
@@ -221,7 +221,7 @@ class Loop:
 
 
 async def run_step(loop: Loop, step: int, observer: Observer) -> Metrics:
-    """The figure of the paper in code. Every shard walks the stages on its own; the update waits for all."""
+    """Runs the paper's figure: every shard passes the stages by itself, and the update waits for all."""
     named = {"rollouts": loop.rollouts, "references": loop.references, "rewards": loop.rewards}
     stages = [(stage, Telling(observer, name, step, loop.num_shards)) for name, stage in named.items()]
 

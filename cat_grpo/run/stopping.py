@@ -1,6 +1,6 @@
-"""Which checkpoint is the best, what a person should look at, and when to stop: from a run's history.
+"""Decides from a run's history which checkpoint is best, what is worth a look, and when to stop.
 
-Label-free training rises and then falls (arXiv:2603.08660), and its reward may go on rising while it falls.
+Label-free training rises and then falls (arXiv:2603.08660), and its reward may keep rising while it falls.
 A labelled validation file, where the user has one, decides. Without labels the mean reward does, as long as
 no alarm has gone off: a policy that agrees with itself leaves the anchor nothing to reconcile.
 """
@@ -18,7 +18,7 @@ WARN_CONSENSUS = 0.95
 
 
 def label_free_score(history: Sequence[Metrics], num_steps: int) -> float:
-    """Mean reward, penalties included, of the last `num_steps` steps."""
+    """Returns the mean reward, penalties included, of the last `num_steps` steps."""
     return mean(
         metrics["reward/total_mean"] for metrics in history[-num_steps:] if "reward/total_mean" in metrics
     )
@@ -31,7 +31,7 @@ def is_best(history: Sequence[Metrics]) -> bool:
 
 
 def alarm(history: Sequence[Metrics], config: TrainConfig) -> str | None:
-    """Why the run should stop now, in one line; None where it should not."""
+    """Returns why the run should stop now, in one line, or None."""
     last = history[-1]
     if last.get("reward/dropped_frac", 0.0) > config.max_failure_frac:
         return f"{last['reward/dropped_frac']:.0%} of the last step's rollouts have no reward"
@@ -44,7 +44,7 @@ def alarm(history: Sequence[Metrics], config: TrainConfig) -> str | None:
 
 
 def warnings(history: Sequence[Metrics]) -> dict[str, str]:
-    """What a person should look at before an alarm stops the run, by what it is about."""
+    """Returns what is worth a look before an alarm stops the run, by subject."""
     now = history[-1]
     found = {
         name: f"{now[name]:.1%} {words}"

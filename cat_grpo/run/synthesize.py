@@ -48,8 +48,8 @@ async def synthesize(
     """Writes a row per problem of the config's data to `out` (.jsonl or .parquet), and returns the rows.
 
     The policy is the config's model, and the anchor too, unless the config names one. A batch of as many
-    problems as a step has is a stage `synthesize` to the observer. BadInput, before any work, for another
-    suffix.
+    problems as a step has is a stage `synthesize` to the observer. BadInput for another suffix, before
+    any work.
     """
     refuse_suffix(out)
     problems = load_problems(config.data)

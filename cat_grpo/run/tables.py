@@ -23,7 +23,7 @@ from cat_grpo.records import (
 Row = dict[str, Any]
 
 ROW_GROUP = 512
-"""Rows that a file's reader can skip or take as a whole: who wants one group need not read a whole shard."""
+"""A reader skips or takes this many rows as a whole, so that one group is read without its whole shard."""
 
 ROLLOUTS = pa.schema(
     [

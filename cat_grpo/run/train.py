@@ -1,4 +1,4 @@
-"""Training: steps, until the last one, an alarm, or the end of the budget."""
+"""Trains step by step, until the last one, an alarm, or the end of the budget."""
 
 import logging
 import time
@@ -21,7 +21,7 @@ async def train(
     observer: Observer | None = None,
     secrets: Mapping[str, str] | None = None,
 ) -> RunDir:
-    """Trains in `run_dir`, a new run or the one that is there, from its latest checkpoint on.
+    """Trains in `run_dir`. An existing run is resumed from its latest checkpoint.
 
     `secrets` are the keys that the config names by `prefect:NAME`. BadInput for what cannot be used, Stopped
     where the run cannot continue.
@@ -33,7 +33,7 @@ async def train(
 
 
 async def train_on(loop: Loop, observer: Observer, started: float) -> None:
-    """The steps of this start of a run; `started` is when it began, by the monotonic clock."""
+    """Makes the steps of this start of a run, which began at `started` on the monotonic clock."""
     settings, history = loop.config.train, loop.history
     if history and (reason := alarm(history, settings)):
         log.warning("%s stopped after step %d and stays so: %s", loop.run.path, len(history), reason)
@@ -65,7 +65,7 @@ async def train_on(loop: Loop, observer: Observer, started: float) -> None:
 
 
 def spent(budget: BudgetConfig, seconds: Sequence[float], elapsed: float, num_problems: int) -> str | None:
-    """The limit that leaves no room for another step, or None.
+    """Returns the limit that leaves no room for another step, or None.
 
     `seconds` are those of each step of this start, `elapsed` those since it; a step takes `num_problems`.
     """
@@ -79,7 +79,7 @@ def spent(budget: BudgetConfig, seconds: Sequence[float], elapsed: float, num_pr
 
 
 def _log_step(loop: Loop, reason: str | None, limit: str | None) -> None:
-    """The line that progress bars follow, and why no other step comes."""
+    """Logs the line that progress bars follow, and why no other step comes."""
     done = (len(loop.history), loop.config.train.steps)
     reward = loop.history[-1].get("reward/mean", float("nan"))
     log.info("step %d of %d: reward %.3f", *done, reward, extra={"progress": done})

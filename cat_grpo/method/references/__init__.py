@@ -1,4 +1,4 @@
-"""Stage 2: a group of rollouts becomes one pseudo-reference (CaT, section 3.1). Each way of it is a function.
+"""Stage 2: a group of rollouts becomes one pseudo-reference (CaT, section 3.1). Each estimator is a function.
 
     async def estimator(groups, engines, config, seeds) -> list[Reference]
 

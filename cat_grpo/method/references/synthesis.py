@@ -22,7 +22,7 @@ async def synthesis(
 
 
 def synthesis_prompt(group: Group, config: Config) -> str:
-    """What the anchor reads: the rollouts, and not the question unless `include_question` is set."""
+    """Returns what the anchor reads: the rollouts, and the question only with `include_question`."""
     return render(
         config.prompts,
         f"synthesize_{group.problem.kind}",

@@ -20,7 +20,7 @@ REWARDS: Mapping[str, Reward] = {"agreement": agreement, "self_rubric": self_rub
 
 
 def weighted_sum(parts: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
-    """The reward of one rollout: None where a part that has weight could not be judged."""
+    """Returns the reward of one rollout; None where a part that has weight could not be judged."""
     values = [(weight, parts[name]) for name, weight in weights.items() if weight]
     if any(value is None for _, value in values):
         return None
@@ -28,6 +28,6 @@ def weighted_sum(parts: Mapping[str, float | None], weights: Mapping[str, float]
 
 
 def length_penalty(rollout: Completion, config: RewardConfig) -> float:
-    """What the rollout loses for being longer than `length_limit` tokens."""
+    """Returns what the rollout loses for being longer than `length_limit` tokens."""
     over = config.length_limit is not None and len(rollout.token_ids) > config.length_limit
     return config.length_penalty if over else 0.0

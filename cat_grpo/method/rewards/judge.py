@@ -1,4 +1,4 @@
-"""The judge: yes or no to one criterion about one rollout, read off its next token or written."""
+"""The judge answers yes or no to one criterion about one rollout: read off its next token, or written."""
 
 from collections.abc import Sequence
 

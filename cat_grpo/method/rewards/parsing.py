@@ -1,4 +1,4 @@
-"""What anchor and judge write, read as XML.
+"""Rubrics and verdicts are read as XML from what anchor and judge wrote.
 
 Model output is untrusted: a hardened parser reads it, and what cannot be read is None. None is never a no.
 """
