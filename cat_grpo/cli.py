@@ -248,7 +248,7 @@ def _check_synthesis(config: Any, out: Path) -> None:
     from cat_grpo.run.synthesize import refuse_suffix
 
     refuse_suffix(out)
-    _check_problems(config)
+    _check_problems(config, with_rewards=False)
     _check_models(config, config.model.path)
 
 
@@ -261,13 +261,13 @@ def _check_evaluation(config: Any, problems: Path, model: str, anchor: str | Non
     _check_models(config, model, *([anchor] if anchor else []))
 
 
-def _check_problems(config: Any) -> Any:
+def _check_problems(config: Any, with_rewards: bool = True) -> Any:
     from cat_grpo.data import load_problems
     from cat_grpo.method.cat import refuse_unusable
     from cat_grpo.records import kinds_of
 
     problems = load_problems(config.data)
-    refuse_unusable(config, kinds_of(problems))
+    refuse_unusable(config, kinds_of(problems), with_rewards)
     return problems
 
 

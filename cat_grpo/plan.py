@@ -22,12 +22,13 @@ def plan(config: Config, problems: Sequence[Problem]) -> list[StagePlan]:
     """Returns upper bounds for one step, stage by stage, with the data's share of open problems."""
     num_problems, group_size = config.train.problems_per_step, config.rollout.group_size
     num_open = round(num_problems * Counter(problem.kind for problem in problems)["open"] / len(problems))
-    num_verdicts = num_open * group_size * config.reward.max_criteria
+    num_rubrics = num_open if "self_rubric" in config.reward.open else 0
+    num_verdicts = num_rubrics * group_size * config.reward.max_criteria
     synthesised = num_problems if config.reference.estimator == "synthesis" else 0
     stages = [
         ("rollouts", num_problems * group_size, config.rollout.max_tokens),
         ("references", synthesised, config.reference.max_tokens),
-        ("rubrics", num_open, config.reward.rubric_max_tokens),
+        ("rubrics", num_rubrics, config.reward.rubric_max_tokens),
         ("verdicts", num_verdicts, 1 if config.reward.verdict == "label" else VERDICT_MAX_TOKENS),
     ]
     return [StagePlan(stage, calls, calls * max_tokens) for stage, calls, max_tokens in stages]

@@ -75,23 +75,24 @@ async def derive(
     return [_rewarded(*each, config) for each in zip(groups, references, parts, agrees, strict=True)]
 
 
-def templates(config: Config, kinds: Iterable[Kind]) -> list[str]:
-    """Returns the templates that a run with problems of these kinds fills in."""
+def templates(config: Config, kinds: Iterable[Kind], with_rewards: bool = True) -> list[str]:
+    """Returns the templates that problems of these kinds need, to the references or to the rewards."""
     names: dict[str, None] = {}
     for kind in kinds:
+        rewards = _rewards(config, kind).values() if with_rewards else ()
         names[solve_template(kind)] = None
-        for function in (_estimator(config), *_rewards(config, kind).values()):
+        for function in (_estimator(config), *rewards):
             names |= dict.fromkeys(templates_of(function, config, kind))
     return list(names)
 
 
-def refuse_unusable(config: Config, kinds: Sequence[Kind]) -> None:
+def refuse_unusable(config: Config, kinds: Sequence[Kind], with_rewards: bool = True) -> None:
     """BadInput for an estimator, a reward or a template that is not there, or not for these problems."""
     for kind in kinds:
         refuse_kind(_estimator(config), kind, f"reference.estimator: {config.reference.estimator!r}")
-        for name, function in _rewards(config, kind).items():
+        for name, function in _rewards(config, kind).items() if with_rewards else ():
             refuse_kind(function, kind, f"reward.{kind}: {name!r}")
-    refuse_missing(config.prompts, templates(config, kinds))
+    refuse_missing(config.prompts, templates(config, kinds, with_rewards))
 
 
 async def refuse_unfit(engines: Engines, config: Config, kinds: Iterable[Kind]) -> None:

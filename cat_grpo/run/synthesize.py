@@ -53,7 +53,7 @@ async def synthesize(
     """
     refuse_suffix(out)
     problems = load_problems(config.data)
-    cat.refuse_unusable(config, kinds_of(problems))
+    cat.refuse_unusable(config, kinds_of(problems), with_rewards=False)
     policy, anchor = await open_engines([config.model, config.anchor or config.model], secrets or {})
     engines = Engines(policy, anchor, anchor)
     batches = _cut(problems, config.train.problems_per_step)

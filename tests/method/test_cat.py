@@ -16,6 +16,7 @@ from cat_grpo.method.references import ESTIMATORS
 from cat_grpo.method.rewards import REWARDS
 from cat_grpo.method.rewards.judge import refuse_silent_judge
 from cat_grpo.records import LabelRead, Messages, Reference, RewardedGroup, Rubric
+from cat_grpo.settings import load_config
 from scripting import (
     ABSTAINED,
     YES,
@@ -349,6 +350,15 @@ async def test_what_is_on_the_import_path_goes_before_the_current_folder(
 
 
 OWN = "or module:function of your own"
+
+
+def test_references_alone_need_no_template_of_a_reward(tmp_path):
+    for name in ("solve_open", "synthesize_open"):
+        (tmp_path / f"{name}.txt").write_text("Words.")
+    config = load_config(overrides=[f"prompts={tmp_path}"])
+    refuse_unusable(config, ["open"], with_rewards=False)
+    with pytest.raises(BadInput, match=r"has no propose_rubric\.txt"):
+        refuse_unusable(config, ["open"])
 
 
 @pytest.mark.parametrize(
