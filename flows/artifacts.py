@@ -1,6 +1,6 @@
-"""What the dashboard shows of a run: small pages, one timeline a key. The run directory has everything.
+"""Shows a run in the dashboard: small pages, one timeline per key. The run directory has everything.
 
-Prefect sends every artifact of a run to the browser at once, so each is small by construction.
+Prefect sends all artifacts of a run to the browser at once, so each one is kept small.
 """
 
 import asyncio
@@ -36,9 +36,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 INSPECTOR_URL, INSPECTED = "CAT_GRPO_INSPECTOR_URL", "CAT_GRPO_INSPECTED"
-"""Where the inspector is, and the folder of runs that it shows: `cat-grpo serve` tells its runs."""
+"""Variables for the inspector's address and the folder of runs that it shows. `cat-grpo serve` sets them."""
 ALARM, RUN_RESOURCE = "cat_grpo.alarm", "cat_grpo.run."
-"""The event that automations can wait for, and how the id of a run that it is about begins."""
+"""The event that automations can wait for, and the prefix of the id of the run that it is about."""
 
 
 class Dashboard:
@@ -51,7 +51,7 @@ class Dashboard:
         self._showing: asyncio.Task[None] | None = None
 
     async def show_step(self, history: Sequence[Metrics], reason: str | None) -> None:
-        """The last step's figures and references; the curves too where it has a checkpoint."""
+        """Starts to show the last step's figures and references, and the curves if it has a checkpoint."""
         await self.shown()
         self._showing = asyncio.create_task(self._show_step(history, reason))
 
@@ -74,14 +74,14 @@ class Dashboard:
         shown = f"Step {step + 1}: {len(rows)} of {train.problems_per_step} references. {everything}"
         await publish(acreate_table_artifact(rows, f"{self._key}-references", shown))
         if SCORE in history[-1]:
-            # A page with the image in it: below an image artifact Prefect prints its whole data URI.
+            # A page that contains the image, because Prefect prints the whole data URI of an image artifact.
             image = base64.b64encode((await asyncio.to_thread(picture, history)).encode()).decode()
             page = f"![The run's curves](data:image/svg+xml;base64,{image})"
             await publish(acreate_markdown_artifact(page, f"{self._key}-curves", f"Up to step {step + 1}"))
         await self._show_progress(step + 1)
 
     async def show_run(self) -> None:
-        """The report at the end of a flow run."""
+        """Shows the report at the end of a flow run."""
         await self.shown()
         history, train = self.run.metrics(), self.run.config.train
         if history:
@@ -93,15 +93,13 @@ class Dashboard:
     async def _show_progress(self, num_done: int) -> None:
         percent = 100 * num_done / self.run.config.train.steps
         if self._progress is None:
-            made = acreate_progress_artifact(
-                percent, f"{self._key}-progress", "Steps that are done, in percent"
-            )
+            made = acreate_progress_artifact(percent, f"{self._key}-progress", "Finished steps, in percent")
             self._progress = await publish(made)
         else:
             await publish(aupdate_progress_artifact(self._progress, percent))
 
     def _raise_alarms(self, history: Sequence[Metrics], reason: str | None) -> None:
-        """Events: why the run stops, and every warning that the step before did not have."""
+        """Emits events: why the run stops, and every warning that the step before did not have."""
         before = warnings(history[:-1]) if len(history) > 1 else {}
         new = {about: words for about, words in warnings(history).items() if about not in before}
         for about, words in {**new, **({"stop": reason} if reason else {})}.items():
@@ -117,7 +115,8 @@ class Dashboard:
 
 
 async def publish(artifact: Awaitable[T]) -> T | None:
-    """A server that hiccups costs a page and not the training: the run directory has what the page shows."""
+    """The id of the artifact; None when the server fails. That costs only a page and not the training,
+    because the run directory has what the page shows."""
     try:
         return await artifact
     except (httpx.HTTPError, PrefectException) as error:
@@ -130,7 +129,7 @@ def _headed(link: str, page: str) -> str:
 
 
 def inspector_link(run_path: Path, step: int) -> str:
-    """Markdown that leads to the step's page; empty where no inspector is known to show the run."""
+    """A Markdown link to the step's page; empty when no inspector is known to show the run."""
     url, inspected = os.environ.get(INSPECTOR_URL), os.environ.get(INSPECTED)
     path = run_path.resolve()
     if not url or not inspected or not path.is_relative_to(Path(inspected).resolve()):
@@ -140,10 +139,10 @@ def inspector_link(run_path: Path, step: int) -> str:
 
 
 def run_key(path: Path) -> str:
-    """Of a run's last two folders."""
+    """The run's artifact key, made from its last two folders."""
     return artifact_key("-".join(path.resolve().parts[-2:]))
 
 
 def artifact_key(name: str) -> str:
-    """Of the characters that Prefect allows: lowercase letters, digits and dashes."""
+    """The name in the characters that Prefect allows: lowercase letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "run"

@@ -19,7 +19,7 @@ NUM_HELD_OUT = {"verifiable": 200, "open": 100}
 
 
 def make_room(out: Path, seed: int) -> None:
-    """A demo of another seed steps aside to OUT-SEED, and comes back when it is asked for again."""
+    """Moves a demo of another seed aside to OUT-SEED. Moves the demo of this seed back if it was moved."""
     config = out / "verifiable" / "config.json"
     if not config.exists():
         return
@@ -34,7 +34,7 @@ def make_room(out: Path, seed: int) -> None:
 async def demo(seed: int = 0, out: str = "runs/demo") -> dict[str, Any]:
     """Trains into `out`/verifiable and `out`/open and writes `out`/summary.json, which it returns.
 
-    The held-out answers make the table and nothing else: checkpoints are chosen without labels.
+    Only the table uses the held-out answers. Checkpoints are chosen without labels.
     """
     make_room(Path(out), seed)
     summary: dict[str, Any] = {"seed": seed}

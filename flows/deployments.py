@@ -1,7 +1,7 @@
-"""What the dashboard offers: the deployments of prefect.yaml, their work pool, and automations.
+"""Sets up what the dashboard offers: the deployments of prefect.yaml, their work pool, and automations.
 
-Applied at every start. What a user changed in the dashboard since the first stays: schedules, pauses, limits,
-automations. The rest of a deployment is what prefect.yaml says.
+Every start does this again. It keeps the schedules, pauses, limits and automations that a user changed in the
+dashboard. The rest of a deployment comes from prefect.yaml.
 """
 
 import subprocess
@@ -36,14 +36,14 @@ POOL = "cat-grpo"
 PREFECT = (sys.executable, "-m", "prefect")
 ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
 PAUSES = ("Paused", "Suspended")
-"""Paused, a run waits for a person in its process; suspended, which *Pause* does, it has none."""
+"""A paused run waits for a person in its process. A suspended run has no process; *Pause* suspends it."""
 LIMIT_S = 24 * 3600
 
 
 async def apply(prefect_file: Path, num_slots: int, heartbeat_s: int, environment: Mapping[str, str]) -> None:
     """Make the server of `environment` offer what `prefect_file` says, `num_slots` runs at a time.
 
-    A run that is silent for three heartbeats is taken for dead. Stopped where Prefect refuses the
+    A run that is silent for three heartbeats is taken for dead. Stopped when Prefect refuses the
     file.
     """
     with temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}):
@@ -57,11 +57,11 @@ async def apply(prefect_file: Path, num_slots: int, heartbeat_s: int, environmen
 
 
 def silent_runs_crash(heartbeat_s: int) -> AutomationCore:
-    """Else the run of a worker that died would be Running for ever."""
-    alive = _events("heartbeat", "AwaitingRetry")  # between its two tries a run is silent for a minute
+    """Marks a run as crashed when its worker has died. Otherwise it would be Running for ever."""
+    alive = _events("heartbeat", "AwaitingRetry")  # a run is silent for a minute between its two tries
     return AutomationCore(
         name="cat-grpo: a run whose worker died has crashed",
-        description="Its next run goes on from the last finished step.",
+        description="Its next run resumes from the last finished step.",
         trigger=_overdue(after=alive, expect=alive | _events(*ENDS, *PAUSES), limit_s=3 * heartbeat_s),
         actions=[
             ChangeFlowRunState(
@@ -72,10 +72,10 @@ def silent_runs_crash(heartbeat_s: int) -> AutomationCore:
 
 
 def alarm_pauses() -> AutomationCore:
-    """An example of what can be hung on an alarm; off until a user turns it on."""
+    """An example of a reaction to an alarm; off until a user turns it on."""
     return AutomationCore(
         name="cat-grpo: an alarm pauses its deployment (an example)",
-        description="A run that an alarm stopped stays stopped: its schedule would only find that out again.",
+        description="A run that an alarm stopped stays stopped, so its schedule would only start it in vain.",
         enabled=False,
         trigger=EventTrigger(
             match={"prefect.resource.id": f"{RUN_RESOURCE}*"},  # type: ignore[arg-type]
@@ -90,7 +90,7 @@ def long_runs_end() -> AutomationCore:
     """An example of a time limit; off until a user turns it on."""
     return AutomationCore(
         name="cat-grpo: a run that takes longer than a day is cancelled (an example)",
-        description="Its next run goes on from the last finished step. A pause starts the day anew.",
+        description="Its next run resumes from the last finished step. A pause restarts the day.",
         enabled=False,
         trigger=_overdue(after=_events("Running"), expect=_events(*ENDS, *PAUSES), limit_s=LIMIT_S),
         actions=[CancelFlowRun()],
@@ -98,7 +98,7 @@ def long_runs_end() -> AutomationCore:
 
 
 def _overdue(after: set[str], expect: set[str], limit_s: int) -> EventTrigger:
-    """Of a run by itself: so long after one of the first events none of the second has come."""
+    """Fires for a run when no `expect` event follows one of its `after` events within `limit_s`."""
     return EventTrigger(
         match={"prefect.resource.id": "prefect.flow-run.*"},  # type: ignore[arg-type]
         for_each={"prefect.resource.id"},
@@ -126,16 +126,16 @@ async def _make_pool(client: PrefectClient, num_slots: int) -> None:
 
 
 async def _pauses(client: PrefectClient) -> dict[str, bool]:
-    """Of the deployments that are there."""
+    """Whether each existing deployment is paused, by its name."""
     return {deployment.name: deployment.paused for deployment in await client.read_deployments()}
 
 
 def _deploy(prefect_file: Path, known: Mapping[str, bool], environment: Mapping[str, str]) -> None:
-    """Through Prefect's own command, which is what reads such a file."""
+    """Applies the file with Prefect's own command, because only that reads it. Stopped if it fails."""
     plan: dict[str, Any] = yaml.safe_load(prefect_file.read_text(encoding="utf-8"))
     for deployment in plan["deployments"]:
         if deployment["name"] in known:
-            deployment.pop("schedules", None)  # one that names none keeps those that it has
+            deployment.pop("schedules", None)  # a deployment without any keeps its present ones
             deployment["paused"] = known[deployment["name"]]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "prefect.yaml"

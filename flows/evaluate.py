@@ -1,4 +1,4 @@
-"""How good a checkpoint is, as a flow run: the figures are its result and its page."""
+"""Measures a checkpoint in a flow run. The figures are its result and its page."""
 
 from pathlib import Path
 
@@ -21,15 +21,15 @@ async def evaluate(
     limit: int | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Figures of a model on a labelled file, each with its standard error.
+    """The figures of a model on a labelled file, each with its standard error.
 
     Args:
-        config: How the model is asked and its references are made.
+        config: How to ask the model and make its references.
         problems: A labelled file: id, prompt, kind, answer or points; or lab:verifiable, lab:open.
-        model: A checkpoint, a hub id, or lab; None is the config's model.
-        anchor: None is what a checkpoint of ours was trained with, else the model itself.
+        model: A checkpoint, a hub id, or lab. None means the config's model.
+        anchor: None means the anchor that our checkpoint was trained with, or else the model itself.
         limit: At most this many problems.
-        seed: Of the rollouts.
+        seed: The seed of the rollouts.
     """
     model = model or config.model.path
     secrets = await read_secrets(config)

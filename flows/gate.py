@@ -22,24 +22,26 @@ POLL_S = 2
 
 
 class Decision(RunInput):
-    """The form."""
+    """The form that a person fills in."""
 
     accept: Literal["update", "skip this step"] = Field(
         default="update",
         title="These references",
-        description="Skipped, the step leaves the policy as it is.",
+        description="A skipped step leaves the policy as it is.",
     )
     note: str = Field(default="", title="Note", description="Kept beside the decision in the step's folder.")
 
 
 def refuse_unseen(config: TrainConfig) -> None:
-    """BadInput for a gate that nobody could open: on Prefect's temporary server there is no dashboard."""
+    """Raises BadInput when nobody could open the gate: Prefect's temporary server has no dashboard."""
     if config.review_gate and not get_current_settings().api.url:
-        raise BadInput("train.review_gate: asks in the dashboard: start the run there, with cat-grpo serve")
+        raise BadInput(
+            "train.review_gate: it asks in the dashboard, so start the run there, with cat-grpo serve"
+        )
 
 
 async def ask(run: RunDir, step: int) -> bool:
-    """Whether the step's references may train the policy, as a person decides, once for good."""
+    """Whether the step's references may train the policy. A person decides this once, and it is kept."""
     decided = run.read_decision(step)
     if decided is None:
         page = gate_markdown(step, run.read_step(step))

@@ -1,4 +1,4 @@
-"""A run as Prefect shows it: a task run per stage, its pages, and the gate where a person decides."""
+"""Shows a run in Prefect: a task run per stage, its pages, and the gate where a person decides."""
 
 import asyncio
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from flows.gate import ask
 
 
 class StageEnded(Stopped):
-    """A stage has ended by this fault: its task run shows it, and the flow run has it in full."""
+    """A stage has failed with this error. Its task run shows the error, and the flow run has it in full."""
 
 
 class TaskRuns(Observer):
-    """Shows each stage as a task run `rollouts-000012`: five a step, however many its groups are.
+    """Shows each stage as a task run `rollouts-000012`: five per step, however many groups it has.
 
     A task run waits for its stage and does nothing else, so no stage waits for Prefect.
     """
@@ -46,7 +46,7 @@ class TaskRuns(Observer):
 
 
 class Training(TaskRuns):
-    """What a training run shows beside its task runs."""
+    """Shows the pages and the gate of a training run beside its task runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,16 +65,16 @@ class Training(TaskRuns):
         await self._dashboard.show_step(history, reason)
 
     async def ended(self, run: RunDir) -> None:
-        """The report, at the end of a flow run."""
+        """Shows the report at the end of a flow run."""
         self._dashboard = self._dashboard or Dashboard(run)
         await self._dashboard.show_run()
 
 
 @cache
 def _task(stage: str) -> Task[..., Any]:
-    """One task for all steps: Prefect takes its time to make one.
+    """The stage's task. All steps share it, because Prefect is slow to make one.
 
-    It has no retries, because an exception of ours comes again, and it keeps nothing: the run directory does.
+    It has no retries, because our exceptions would come again. The run directory keeps the results.
     """
 
     async def show(end: asyncio.Future[BaseException | None], step: int) -> None:

@@ -1,4 +1,4 @@
-"""Keys of servers that live in Prefect, read for as long as a flow runs and never kept."""
+"""Reads the keys of servers from Prefect. A flow has them only while it runs and never writes them down."""
 
 from prefect.blocks.system import Secret
 
@@ -7,7 +7,7 @@ from cat_grpo.errors import BadInput
 
 
 async def read_secrets(config: Config) -> dict[str, str]:
-    """What each `prefect:NAME` of the config's keys stands for. BadInput for one that is not there."""
+    """The key behind each `prefect:NAME` in the config. BadInput when there is no such block."""
     models = [model for model in (config.model, config.anchor, config.judge) if model]
     wanted = {model.server.api_key for model in models if model.server.api_key.startswith("prefect:")}
     return {where: await _read(where.removeprefix("prefect:")) for where in wanted}

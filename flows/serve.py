@@ -1,4 +1,4 @@
-"""Server, worker and inspector, started and stopped together: what `cat-grpo serve` is."""
+"""Starts and stops server, worker and inspector together, for `cat-grpo serve`."""
 
 import asyncio
 import os
@@ -23,23 +23,23 @@ from flows.deployments import POOL, PREFECT, apply
 
 CLI = (sys.executable, "-c", "from cat_grpo.cli import main; main()")
 ENDINGS = (signal.SIGTERM, signal.SIGHUP)
-"""Taken for a Ctrl-C: the end of the session, and of its terminal."""
+"""Treated as a Ctrl-C. They come when the session or its terminal ends."""
 LOOPBACK = ("127.0.0.1", "localhost")
 PATIENCE_S = 120.0
-"""For the server to answer."""
+"""The server must answer within this time."""
 GRACE_S = 30.0
-"""For runs to end, as long as Prefect gives one that is cancelled."""
+"""Runs must end within this time, which Prefect also gives to a cancelled run."""
 BRIEF_S = 5.0
-"""For everything else to end."""
+"""Everything else must end within this time."""
 HEARTBEAT_S = 30
-"""Prefect allows no shorter one for its flows."""
+"""The shortest that Prefect allows for its flows."""
 
 
 def serve(runs: Path, host: str = "127.0.0.1", port: int = 4200, database: str | None = None) -> None:
-    """Server on `port`, inspector on the next one, and a worker, until Ctrl-C or SIGTERM.
+    """Runs a server on `port`, an inspector on the next one, and a worker per GPU, until Ctrl-C or SIGTERM.
 
     `database` is the server's, by default SQLite in PREFECT_HOME. BadInput for a port that is
-    taken, Stopped when one of them dies: then all end.
+    taken. When one of them dies, all end: Stopped.
     """
     token = _token(host)
     for wanted in (port, port + 1):
@@ -54,7 +54,7 @@ def serve(runs: Path, host: str = "127.0.0.1", port: int = 4200, database: str |
         print(_welcome(address, page, services.logs), flush=True)
         services.watch()
     except KeyboardInterrupt:
-        print("Stopping; once more to stop at once", flush=True)
+        print("Stopping. Press Ctrl-C again to stop at once", flush=True)
     finally:
         services.stop()
         for each, handler in previous:
@@ -62,7 +62,7 @@ def serve(runs: Path, host: str = "127.0.0.1", port: int = 4200, database: str |
 
 
 class Services:
-    """Processes that end together, with all that they started."""
+    """Processes that end together, with all the processes that they started."""
 
     def __init__(self, logs: Path) -> None:
         self.logs = logs
@@ -71,7 +71,7 @@ class Services:
         logs.mkdir(parents=True, exist_ok=True)
 
     def start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """In a session of its own, so that a Ctrl-C in the terminal comes to us alone."""
+        """Starts a process in a session of its own, so that a Ctrl-C in the terminal reaches only us."""
         with (self.logs / f"{name}.log").open("wb") as log:
             self._processes[name] = subprocess.Popen(
                 command,
@@ -83,7 +83,7 @@ class Services:
             )
 
     def check(self) -> None:
-        """Stopped when one of them has ended."""
+        """Raises Stopped when one of them has ended."""
         self._note_below()
         for name, process in self._processes.items():
             if process.poll() is not None:
@@ -97,7 +97,7 @@ class Services:
             time.sleep(0.5)
 
     def stop(self) -> None:
-        """All of them, the last one first: runs can still tell the server how they ended."""
+        """Stops all of them, the last one first, so that runs can still tell the server how they ended."""
         with suppress(KeyboardInterrupt):
             for process in reversed(self._processes.values()):
                 self._note_below()
@@ -109,12 +109,12 @@ class Services:
         psutil.wait_procs(self._below, timeout=BRIEF_S)
 
     def _note_below(self) -> None:
-        """Also whom they started. Below a process that was killed nobody is found: so it is noted in time."""
+        """Records the children now: once the parent is killed they can no longer be found."""
         self._below |= set(psutil.Process().children(recursive=True))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """First what it started: a worker does not tell its runs that it should end, and waits for them."""
+    """Ends its children first, because a worker waits for its runs without telling them to end."""
     if process.poll() is not None:
         return
     below = psutil.Process(process.pid).children(recursive=True)
@@ -128,11 +128,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may name here, one by one; empty without a GPU."""
+    """The GPUs, each as CUDA_VISIBLE_DEVICES names it; empty without a GPU."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
-    import torch  # not for --help, and not where the variable says it
+    import torch  # slow: not for --help, and not when the variable is set
 
     return [str(i) for i in range(torch.cuda.device_count())]
 
@@ -151,14 +151,14 @@ def _start(
     services.start("server", command, {**environment, **own})
     _wait_until_healthy(services, f"http://{host}:{port}/api/health")
     runs.mkdir(parents=True, exist_ok=True)
-    # Told by the environment: command lines can be read by everybody on a machine.
+    # Passed in the environment, because everybody on a machine can read command lines.
     own = {"CAT_GRPO_INSPECTOR_TOKEN": token} if token else {}
     command = (*CLI, "inspect", str(runs), "--host", host, "--port", str(port + 1))
     services.start("inspector", command, {**environment, **own})
     devices = gpus()
     asyncio.run(apply(shipped("prefect.yaml"), max(1, len(devices)), HEARTBEAT_S, environment))
     services.check()
-    # A worker a GPU: its run sees no other. With one GPU, or none, there is nothing to share out.
+    # One worker per GPU, so that its run sees no other. With one GPU, or none, there is nothing to divide.
     for i, seen in enumerate(devices if len(devices) > 1 else [None]):
         own = {"CUDA_VISIBLE_DEVICES": seen} if seen else {}
         command = (*PREFECT, "worker", "start", "--pool", POOL, "--name", f"worker-{i}", "--limit", "1")
@@ -168,23 +168,23 @@ def _start(
 def _environment(address: str, inspected: str, runs: Path) -> dict[str, str]:
     return os.environ | {
         "PREFECT_API_URL": f"{address}/api",
-        "PREFECT_SERVER_UI_API_URL": "/api",  # whatever name or tunnel the browser came by
+        "PREFECT_SERVER_UI_API_URL": "/api",  # works by any name or tunnel that the browser uses
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
-        "PREFECT_RUNNER_AUTO_INSTALL_DEPENDENCIES": "false",  # a run has what the worker has
+        "PREFECT_RUNNER_AUTO_INSTALL_DEPENDENCIES": "false",  # a run uses the worker's packages
         INSPECTOR_URL: inspected,
         INSPECTED: str(runs.resolve()),
     }
 
 
 def _token(host: str) -> str | None:
-    """What the inspector asks for, if others can reach it. BadInput if they could start runs here."""
+    """The inspector's token, None when nobody else can reach it. BadInput if others could start runs here."""
     if host in LOOPBACK:
         return None
     if not os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
         raise BadInput(
-            f"--host {host}: who reaches the server runs code here: set PREFECT_SERVER_API_AUTH_STRING and"
-            " PREFECT_API_AUTH_STRING to one user:password"
+            f"--host {host}: whoever reaches the server can run code here: set"
+            " PREFECT_SERVER_API_AUTH_STRING and PREFECT_API_AUTH_STRING to the same user:password"
         )
     return secrets.token_urlsafe(16)
 
@@ -195,7 +195,7 @@ def _refuse_taken(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise BadInput(f"port {port} of {host} is not to be had: {error.strerror}") from error
+            raise BadInput(f"port {port} of {host} is not available: {error.strerror}") from error
 
 
 def _wait_until_healthy(services: Services, url: str) -> None:

@@ -15,10 +15,10 @@ from flows.secrets import read_secrets
 
 @flow(name="synthesize", flow_run_name="{out}")
 async def synthesize(config: Config, out: str) -> str:
-    """A row per problem of the config's data, written to `out`, which is returned.
+    """Writes one row per problem of the config's data to `out`, and returns `out`.
 
     Args:
-        config: What is asked, and how.
+        config: The problems and how to answer them.
         out: A .jsonl or .parquet file.
     """
     secrets = await read_secrets(config)

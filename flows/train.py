@@ -16,8 +16,8 @@ async def train(config: Config, run_dir: str) -> str:
     """Train in a run directory, from its latest checkpoint on. Returns the folder of the best checkpoint.
 
     Args:
-        config: What is trained on what, and how.
-        run_dir: The run's folder: a new run, or an existing one, which is resumed.
+        config: The model, the data and how to train.
+        run_dir: The run's folder. An existing run is resumed.
     """
     refuse_unseen(config.train)
     secrets = await read_secrets(config)

@@ -102,12 +102,12 @@ def taken_port(folder: Path) -> tuple[Arguments, str]:
     listening = socket.create_server(("127.0.0.1", 0))
     OPENED.append(listening)
     port = listening.getsockname()[1]
-    return ["serve", "--port", str(port)], f"port {port} of 127.0.0.1 is not to be had"
+    return ["serve", "--port", str(port)], f"port {port} of 127.0.0.1 is not available"
 
 
 def a_run_to_inspect(folder: Path) -> tuple[Arguments, str]:
     (folder / "config.json").write_text("{}")
-    return ["inspect", str(folder)], "is a run itself"
+    return ["inspect", str(folder)], "this is a run itself"
 
 
 def an_export_over(folder: Path) -> tuple[Arguments, str]:
@@ -203,7 +203,7 @@ KINDS: dict[str, Kind] = {
     "a run of other settings": existing_run,
     "a run that is a file": run_is_a_file,
     "a gate that nobody can open": setting(
-        "train.review_gate: asks in the dashboard", "train.review_gate=true"
+        "train.review_gate: it asks in the dashboard", "train.review_gate=true"
     ),
     "references into an unknown format": lambda folder: (
         ["synthesize", "--model", "lab", "--problems", "lab:open", "--out", "out.txt"],

@@ -1,1 +1,1 @@
-"""The web pages on a folder of runs: read what training left behind, compare, and review references."""
+"""Web pages on a folder of runs: people read and compare the runs there, and review their references."""

@@ -1,4 +1,4 @@
-"""The pages by their addresses. Every state of a page is in its address, so that it can be shared and kept.
+"""The routes of the pages. A page's address holds its whole state, so that it can be shared and kept.
 
 Steps and groups count from 0 in addresses, as folders do, and from 1 in headings, as people do.
 """
@@ -41,14 +41,14 @@ router = APIRouter()
 
 
 def create_app(runs: Path, token: str | None = None) -> FastAPI:
-    """The pages on the runs below a folder. Without a token they answer under loopback names alone.
+    """The app that shows the runs below a folder. Without a token it answers only under loopback names.
 
-    BadInput for a folder that is not there, or is a run itself.
+    BadInput for a folder that does not exist, or is a run itself.
     """
     if not runs.is_dir():
         raise BadInput(f"{runs}: there is no such folder")
     if (runs / "config.json").exists():
-        raise BadInput(f"{runs}: is a run itself; name the folder that it is in")
+        raise BadInput(f"{runs}: this is a run itself; name the folder that contains it")
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.runs = runs
     app.include_router(router)
@@ -67,9 +67,9 @@ def create_app(runs: Path, token: str | None = None) -> FastAPI:
 
 
 def serve(runs: Path, host: str, port: int, token: str | None) -> None:
-    """Answer until Ctrl-C. BadInput for an address that others can reach, without a token."""
+    """Answers until Ctrl-C. BadInput when others can reach the address and there is no token."""
     refuse_open_host(host, token)
-    # Its own log of requests would write the token down.
+    # uvicorn's log of requests would contain the token.
     uvicorn.run(create_app(runs, token), host=host, port=port, access_log=False)
 
 
@@ -104,15 +104,15 @@ def compare_page(request: Request, a: str = "", b: str = "", step: int | None = 
     return page("compare.html", names=names, a=a, b=b, both=both)
 
 
-# The longest addresses first: a run's name may have slashes in it.
+# The longest addresses come first, because a run's name may contain slashes.
 
 
 @router.post("/run/{name:path}/step/{step}/group/{group}/review")
 async def add_review(request: Request, name: str, step: int, group: int) -> Response:
-    """One line more in the run's reviews, from a page of ours alone: by its script, or by its plain form."""
+    """Adds a review to the run. Only our own pages may send one, by their script or by their plain form."""
     is_script = request.headers.get("content-type", "").partition(";")[0] == "application/json"
     if not is_own_page(request) or (is_script and SCRIPT_HEADER not in request.headers):
-        return page("message.html", status=403, title="Not from here", text="Only these pages may review.")
+        return page("message.html", status=403, title="Refused", text="Only these pages may send a review.")
     run = _run(request, name)
     review = _review(await _fields(request, is_script), run, step, group)
     append_review(run.path / REVIEWS, review)
@@ -156,7 +156,7 @@ def group_page(request: Request, name: str, step: int, group: int) -> Response:
 
 @router.get("/run/{name:path}/step/{step}/export")
 def export(request: Request, name: str, step: int, format: str = "jsonl") -> Response:
-    """All rows of the view, as they are read."""
+    """Streams all rows of the view while it reads them."""
     run, view = _run(request, name), View.of(request.query_params)
     if format not in ("jsonl", "csv"):
         raise BadInput("format: expected jsonl or csv")
@@ -233,7 +233,7 @@ def run_page(request: Request, name: str, steps: str = "") -> Response:
 
 
 def _whole(request: Request, key: str) -> int:
-    """A whole number of the address, 0 where it is not there."""
+    """The whole number under this key of the address; 0 when it is missing."""
     text = request.query_params.get(key, "0")
     try:
         return int(text)
@@ -246,22 +246,21 @@ def _run(request: Request, name: str) -> RunDir:
 
 
 def _side_by_side(ours: Row, theirs: Row) -> tuple[Markup, Markup]:
-    """The beginnings of two references, each with what the other lacks marked."""
+    """The beginnings of two references. Each marks what the other lacks."""
     texts = [clipped(row["reference"] or "none", 240) for row in (ours, theirs)]
     first, [second] = compared(texts[0], texts[1:])
     return first, second
 
 
 def _place(run: RunDir, name: str, step: int) -> dict[str, Any]:
-    """What a page below a run's shows of where it is."""
+    """The fields that tell a step's or a group's page its run, its step, and the accuracy of both."""
     reviews = reading.reviews_of(run.path)
     of_step = accuracy(review for review in reviews if review.step == step)
     return {"name": name, "step": step, "run_accuracy": accuracy(reviews), "step_accuracy": of_step}
 
 
 def _neighbours(run: RunDir, step: int, group: int, view: View) -> dict[str, Any]:
-    """The groups ahead of this one and behind it in the view, and its place there; a group that the view
-    does not show has none."""
+    """The previous and the next group in the view, and this group's place there; None if it is not shown."""
     groups = reading.groups_of(run, step)
     found = [groups[place] for place in view.places(run, step, reading.reviews_of_step(run, step))]
     if group not in found:
@@ -291,7 +290,7 @@ async def _fields(request: Request, is_script: bool) -> dict[str, Any]:
 
 
 def _review(fields: Mapping[str, Any], run: RunDir, step: int, group: int) -> Review:
-    """BadInput that says which field is wrong."""
+    """The review that the fields hold. BadInput says which field is wrong."""
     told = {key: str(fields.get(key, "")).strip() for key in ("name", "opinion", "note")}
     opinion = next((one for one in get_args(Opinion) if one == told["opinion"]), None)
     if opinion is None:
@@ -305,16 +304,16 @@ def _review(fields: Mapping[str, Any], run: RunDir, step: int, group: int) -> Re
 
 
 def _not_there(request: Request, error: Exception) -> Response:
-    return page("message.html", status=404, title="Not there", text=str(error))
+    return page("message.html", status=404, title="Not found", text=str(error))
 
 
 def _not_there_yet(request: Request, error: Exception) -> Response:
-    return page("message.html", status=404, title="Not there yet", text="A file is still to be written.")
+    return page("message.html", status=404, title="Not ready yet", text="A file has not been written yet.")
 
 
 def _unusable(request: Request, error: Exception) -> Response:
-    return page("message.html", status=400, title="Unusable", text=first_line(error))
+    return page("message.html", status=400, title="Bad request", text=first_line(error))
 
 
 def _no_page(request: Request, error: Exception) -> Response:
-    return page("message.html", status=404, title="Not there", text="There is no such page.")
+    return page("message.html", status=404, title="Not found", text="There is no such page.")

@@ -1,4 +1,4 @@
-"""The templates, and how figures, names and places are written on a page."""
+"""Fills in the templates, and writes figures, names and addresses for them."""
 
 import math
 from collections.abc import Mapping
@@ -18,17 +18,17 @@ FOLDER = Path(__file__).parent
 
 
 def page(template: str, status: int = 200, **fields: Any) -> HTMLResponse:
-    """The template filled in; every text in it is escaped unless a function of `texts` made it."""
+    """The filled-in template. It escapes every text that no function of `texts` made."""
     return HTMLResponse(_ENVIRONMENT.get_template(template).render(**fields), status)
 
 
 def run_url(name: str) -> str:
-    """Of the run's page; `/step/12/group/345` behind it, each counted from 0, are those below it."""
+    """The address of the run's page. Its steps and groups follow, counted from 0: `/step/12/group/345`."""
     return f"/run/{quote(name)}"
 
 
 def figure(value: Any, name: str = "") -> str:
-    """In its unit, which the name of a metric tells; a dash where there is none."""
+    """The value in the unit that the metric's name tells; a dash when it is missing or not finite."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "—"
     if name.endswith("_frac"):
@@ -43,7 +43,7 @@ def figure(value: Any, name: str = "") -> str:
 
 
 def accuracy_text(found: Accuracy) -> str:
-    """With its standard error, where not all are alike, and what it was counted from."""
+    """The accuracy, its standard error unless that is 0, and the number of reviews behind it."""
     if found.mean is None:
         return f"— ({found.unsure} unsure)" if found.unsure else "—"
     error = f" ± {found.standard_error:.1%}" if found.standard_error else ""
@@ -56,7 +56,7 @@ def _time(seconds: float) -> str:
 
 
 def _level(probability: float | None) -> int:
-    """0 to 10, for a colour; 5 where there is none."""
+    """A level from 0 to 10, for a colour; 5 without a probability."""
     return 5 if probability is None else round(10 * min(max(probability, 0.0), 1.0))
 
 

@@ -1,7 +1,7 @@
-"""What the pages read of a run directory, and no more of it: columns by name, and the rows that are shown.
+"""Reads from a run directory only what a page shows: columns by name, and the rows on the page.
 
-A run may be written while it is read. Its files appear whole, so a file that is not there is only not there
-yet. Steps and groups count from 0, as folders do.
+A run may be written while it is read. Its files appear whole, so a missing file has not been written yet.
+Steps and groups count from 0, as folders do.
 """
 
 import json
@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import pandas  # noqa: F401 - pyarrow imports it at its first array: now, not amid somebody's first page
+import pandas  # noqa: F401 - pyarrow imports it at its first array, which would slow down the first page
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,16 +26,16 @@ from cat_grpo.run.rundir import RunDir
 from cat_grpo.run.tables import Row, groups_from, references_from, rewarded_from
 
 DEEPEST = 3
-"""Folders below the given one in which runs are looked for."""
+"""Runs are looked for in this many levels of folders below the given one."""
 TAIL = 65_536
-"""Bytes of a history's end that the list of runs reads: its last steps, however long the run is."""
+"""The list of runs reads only this many bytes from the end of a history: its last steps."""
 STEPS_OF_A_PROBLEM = 200
-"""How far back the same problem is looked for, in one page."""
+"""One page looks for the same problem in this many steps."""
 SHARED_PROBLEMS = 50
 
 
 class NotThere(Exception):
-    """What was asked for does not exist, or not yet."""
+    """The page asks for something that does not exist, or does not exist yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Card:
 
 
 def run_names(root: Path) -> list[str]:
-    """The runs below `root`, by their paths from there. Nothing is looked for inside of a run."""
+    """The paths of the runs below `root`, relative to it. Does not look inside a run."""
     return sorted(_runs_below(root.resolve(), "", DEEPEST))
 
 
@@ -70,12 +70,12 @@ def _runs_below(root: Path, name: str, depth: int) -> Iterator[str]:
 
 
 def _is_inside(root: Path, path: Path) -> bool:
-    """Links that lead out are followed to find out, and then not followed."""
+    """Whether the path, with its links resolved, is below `root`. Links that lead out are not followed."""
     return path.resolve().is_relative_to(root)
 
 
 def find_run(root: Path, name: str) -> RunDir:
-    """NotThere for what is no run below `root`, whatever is written in the name."""
+    """The run of this name. NotThere when it is no run below `root`, whatever the name contains."""
     root, parts = root.resolve(), name.split("/")
     if "\0" in name or len(parts) > DEEPEST or any(not part or part.startswith(".") for part in parts):
         raise NotThere(f"there is no run {name!r}")
@@ -86,7 +86,7 @@ def find_run(root: Path, name: str) -> RunDir:
 
 
 def cards(root: Path) -> list[Card]:
-    """Newest first."""
+    """One card per run, newest first."""
     return sorted(
         (_card(root, name) for name in run_names(root)), key=lambda card: card.changed, reverse=True
     )
@@ -122,7 +122,7 @@ def _last_lines(path: Path) -> list[Metrics]:
 
 
 def reviews_of(folder: Path) -> list[Review]:
-    """All of them, in the order in which they were written."""
+    """All reviews of the run, in the order in which they were written."""
     path = folder / REVIEWS
     try:
         status = path.stat()
@@ -142,14 +142,14 @@ def reviews_of_step(run: RunDir, step: int) -> dict[int, Review]:
 
 
 def steps_of(run: RunDir) -> list[int]:
-    """The steps that have begun, in order."""
+    """The steps that have started, in order."""
     folder = run.path / "steps"
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdecimal())
 
 
 def summaries(run: RunDir, step: int, columns: Sequence[str]) -> pa.Table:
-    """These columns of all groups of the step. NotThere where none is rewarded yet."""
+    """These columns of all groups of the step. NotThere when none has rewards yet."""
     try:
         return _columns(run.summaries_file(step), columns)
     except FileNotFoundError:
@@ -165,12 +165,12 @@ def summary_rows_at(run: RunDir, step: int, places: Sequence[int]) -> list[Row]:
 
 
 def groups_of(run: RunDir, step: int) -> list[int]:
-    """The positions of the groups that are rewarded. All of them, but for a step that is under way."""
+    """The positions of the groups that have rewards: all groups, unless the step is still running."""
     return summaries(run, step, ["group"])["group"].to_pylist()
 
 
 def place_of(run: RunDir, step: int, group: int) -> int:
-    """Where the group stands in the step's table. NotThere for one that is not there."""
+    """The group's row in the step's table. NotThere when it has none."""
     groups = groups_of(run, step)
     if group not in groups:
         raise NotThere(f"step {step} has no group {group}")
@@ -178,7 +178,7 @@ def place_of(run: RunDir, step: int, group: int) -> int:
 
 
 def read_group(run: RunDir, step: int, group: int) -> RewardedGroup:
-    """One group in full, out of its shard's files."""
+    """One group in full, from its shard's files."""
     shard, place = divmod(group, run.config.shard_size)
     rollouts, rewards = (
         _rows_at(path, _rollouts_at(path, place))
@@ -191,7 +191,7 @@ def read_group(run: RunDir, step: int, group: int) -> RewardedGroup:
 def problem_rows(
     run: RunDir, problem_id: str, before: int | None
 ) -> tuple[list[tuple[int, Row]], int | None]:
-    """(step, group) of the problem, newest first, and the step to go on before; None at the beginning."""
+    """The problem's (step, row) pairs, newest first, and the next value of `before`; None on the last one."""
     steps = [step for step in reversed(steps_of(run)) if before is None or step < before]
     found = []
     for step in steps[:STEPS_OF_A_PROBLEM]:
@@ -231,13 +231,13 @@ def default_settings() -> dict[str, Any]:
 
 
 def figures_at(history: Sequence[Metrics], step: int) -> Metrics:
-    """Of a step; empty while it has none. A figure that is no number is left out."""
+    """The figures of a step, without those that are not finite; empty while the step has none."""
     now = history[step] if 0 <= step < len(history) else {}
     return {name: value for name, value in now.items() if math.isfinite(value)}
 
 
 def _from_shards(run: RunDir, step: int) -> pa.Table:
-    """What the update will write, as far as the shards go: no KL, total rewards or advantages yet."""
+    """The summaries of the shards so far. KL, total rewards and advantages come with the update."""
     files = run.step_folder(step).glob("rewards-*.parquet")
     shards = sorted((int(path.stem.removeprefix("rewards-")), path.stat().st_mtime_ns) for path in files)
     if not shards:
@@ -256,7 +256,7 @@ def _read_shards(folder: Path, step: int, shards: tuple[tuple[int, int], ...]) -
 
 
 def _rollouts_at(path: Path, place: int) -> range:
-    """The rows of the group in this place. A file has a row a rollout, and a group begins with number 0."""
+    """The rows of the group in this place. A file has one row per rollout, and a group starts at number 0."""
     numbers = _columns(path, ["rollout"])["rollout"].to_pylist()
     starts = [row for row, number in enumerate(numbers) if number == 0]
     if place >= len(starts):
@@ -270,7 +270,7 @@ def _columns(path: Path, names: Sequence[str]) -> pa.Table:
 
 
 def _rows_at(path: Path, places: Iterable[int]) -> list[Row]:
-    """These rows in this order. Of the file only the row groups that they are in are read."""
+    """These rows in this order. Reads only the row groups of the file that contain them."""
     places = list(places)
     with pq.ParquetFile(path) as file:
         start, wanted, offsets = 0, [], {}

@@ -1,4 +1,4 @@
-"""Who may see the pages, and what a page may do. Runs hold a model's texts, and a page shows them."""
+"""Limits who may see the pages and what a page may do, because pages show texts that a model wrote."""
 
 import hashlib
 import hmac
@@ -16,7 +16,7 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; "
     "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
-    # To other hosts nothing goes. With no-referrer a browser would not say of a form where it comes from.
+    # Tells other hosts nothing. With no-referrer a browser would not say that a form comes from our page.
     "Referrer-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -24,15 +24,16 @@ HEADERS = {
 }
 COOKIE = "cat_grpo_inspector"
 SCRIPT_HEADER = "x-cat-grpo"
-"""What our own script sends: a form of another site cannot set a header."""
+"""Our own script sends this header. A form on another site cannot set one."""
 
 Next = Callable[[Request], Awaitable[Response]]
 
 
 def secure(app: FastAPI, token: str | None) -> None:
-    """Every answer with HEADERS; with a token none without it; without one only under a loopback name.
+    """Adds HEADERS to every answer. With a token pages ask for it; without one they answer only to
+    loopback names.
 
-    A page of another site could have its own name point here: it would then read what this machine reads.
+    Otherwise another site could point its own name here and read what this machine can read.
     """
     if token is None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
@@ -42,13 +43,13 @@ def secure(app: FastAPI, token: str | None) -> None:
 
 
 def refuse_open_host(host: str, token: str | None) -> None:
-    """BadInput for an address that others can reach, without a token that keeps them out."""
+    """Raises BadInput when others can reach the address and no token keeps them out."""
     if host not in LOOPBACK and not token:
         raise BadInput(f"--host {host}: others can reach it, so it needs a --token")
 
 
 def is_own_page(request: Request) -> bool:
-    """Whether a page of ours sent this, as the browser says."""
+    """Whether the browser says that one of our own pages sent this."""
     origin = request.headers.get("origin")
     return origin is not None and urlsplit(origin).netloc == request.headers.get("host")
 
@@ -75,7 +76,7 @@ def _ask_for(token: str) -> Callable[[Request, Next], Awaitable[Response]]:
             scheme.lower() == "bearer" and _same(bearer, token)
         ):
             return await call_next(request)
-        if request.url.path.startswith("/static/"):  # ours, the same for all, and the page below needs it
+        if request.url.path.startswith("/static/"):  # no secret, and the page below needs it
             return await call_next(request)
         return HTMLResponse(_DOOR, status_code=401, headers={"WWW-Authenticate": "Bearer"})
 
@@ -83,12 +84,15 @@ def _ask_for(token: str) -> Callable[[Request, Next], Awaitable[Response]]:
 
 
 def _same(shown: str, known: str) -> bool:
-    """In a time that does not tell how much of it is right."""
+    """Whether both are equal. The time that this takes does not tell how much of them is equal."""
     return hmac.compare_digest(shown.encode(), known.encode())
 
 
 def _without_token(request: Request) -> str:
-    """The same page, so that the token stays in no history. One slash ahead: two would name another host."""
+    """The same address without the token, so that no history keeps the token.
+
+    It starts with one slash, because two would name another host.
+    """
     query = urlencode([pair for pair in request.query_params.multi_items() if pair[0] != "token"])
     path = "/" + request.scope.get("raw_path", b"/").decode("ascii").lstrip("/")
     return f"{path}?{query}" if query else path
@@ -96,7 +100,7 @@ def _without_token(request: Request) -> str:
 
 _DOOR = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Inspector</title>
 <meta name="viewport" content="width=device-width"><link rel="stylesheet" href="/static/inspector.css"></head>
-<body><main class="door"><h1>Inspector</h1><p>This page asks for the token it was started with.</p>
+<body><main class="door"><h1>Inspector</h1><p>Enter the token that the inspector was started with.</p>
 <form method="get"><label for="token">Token</label>
 <input id="token" name="token" type="password" autocomplete="current-password" autofocus required>
 <button>Open</button></form></main></body></html>"""

@@ -1,7 +1,7 @@
-"""Texts of models as HTML: maths as MathML, marks where two texts differ, and all the rest escaped.
+"""Turns a model's texts into HTML: maths becomes MathML, marks show where two texts differ.
 
-A text is a model's, so nothing of it may become markup: words are escaped, a formula is built anew out of
-the elements and attributes named here, and what cannot be read, or is too much work, is shown as it is.
+A model wrote the text, so nothing in it may become markup. Words are escaped. A formula is built anew from
+the elements and attributes named here. A formula that cannot be parsed, or takes too long, is shown as it is.
 """
 
 import re
@@ -16,22 +16,22 @@ from latex2mathml.converter import Converter
 from markupsafe import Markup, escape
 
 LONGEST_FORMULA = 1_000
-"""Characters. The parser recurses, and slows down faster than formulas grow."""
+"""Characters. The parser recurses, and its time grows faster than the formula."""
 MATHS_WITHIN = 10_000
-"""Characters of a text in which formulas are looked for: each sign that opens and never closes costs."""
+"""Characters of a text that are searched for formulas: each sign that opens and never closes costs time."""
 MOST_FORMULAS = 400
-"""Of one text: those behind are shown raw."""
+"""Later formulas of the same text are shown raw."""
 MOST_WORDS = 400
-"""Compared with another text: comparing takes the product of both lengths. What is behind has no marks."""
+"""Words of a text that are compared: time grows as the product of both lengths. Later words get no marks."""
 PLAIN_BOXED = re.compile(r"\\boxed\s*\{([^\\^_{}$]*)\}")
-"""Words and numbers: as a formula they would lose their spaces."""
+"""A box of words and numbers. As a formula it would lose its spaces."""
 MACROS = re.compile(r"\\(?:[exg]?def|(?:re)?newcommand|providecommand|let)\b")
-"""A macro that uses another twice doubles the formula with every line."""
+"""Shown raw: a macro that uses another one twice doubles the formula with every line."""
 MATHS = re.compile(
     r"\$\$(?P<a>.{1,1000}?)\$\$"
     r"|\\\[(?P<b>.{1,1000}?)\\\]"
     r"|\\\((?P<c>.{1,1000}?)\\\)"
-    # A sum of money is no formula: no space inside the dollars, no digit behind them, all in one line.
+    # No sum of money: no space just inside the dollars, no digit after them, and all in one line.
     r"|(?<![\\$])\$(?P<d>[^\s$](?:[^$\n]{0,1000}[^\s$\\])?)\$(?!\d)"
     r"|(?P<boxed>\\boxed\s{0,9}\{)",
     re.DOTALL,
@@ -48,32 +48,35 @@ ATTRIBUTES = frozenset(
 INVISIBLE = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
 )
-"""Control characters, those that turn the direction of writing among them: they hide what a text says."""
+"""Control characters, including those that turn the direction of writing. They hide what a text says."""
 
 
 def rendered(text: str) -> Markup:
-    """The whole text."""
+    """The whole text as HTML."""
     return Markup("").join(_shown(part, is_maths) for part, is_maths in _parts(text))
 
 
 def cut(text: str, width: int) -> Markup:
-    """Its beginning, for a cell of a table."""
+    """The text's beginning as HTML, for a cell of a table."""
     return rendered(clipped(text, width))
 
 
 def clipped(text: str, width: int) -> str:
-    """Its beginning in one line. A formula that is cut through is shown raw."""
+    """The text's beginning in one line. A formula that is cut in two is shown raw."""
     text = " ".join(text[: 4 * width].split())
     return text if len(text) <= width else f"{text[:width]}…"
 
 
 def shown_name(text: str) -> Markup:
-    """An id or a name: no maths in it, and nothing that cannot be seen."""
+    """An id or a name as HTML, without maths. Invisible characters are shown by their numbers."""
     return _escaped(text)
 
 
 def compared(reference: str | None, texts: Sequence[str]) -> tuple[Markup, list[Markup]]:
-    """The reference with what no text has in it marked, and each text with what the reference lacks."""
+    """The reference and the texts as HTML.
+
+    The reference marks what no text has, and each text marks what the reference lacks.
+    """
     if reference is None:
         return Markup(""), [rendered(text) for text in texts]
     ours = list(_units(reference))
@@ -101,7 +104,7 @@ def _parts(text: str) -> Iterator[tuple[str, bool]]:
 
 
 def _formulas(text: str) -> Iterator[tuple[int, int]]:
-    """Where formulas are, with their delimiters: between dollars or brackets, or a bare \\boxed{...}."""
+    """The start and end of each formula with its delimiters: dollars, brackets, or a bare \\boxed{...}."""
     place, text = 0, text[:MATHS_WITHIN]
     while hit := MATHS.search(text, place):
         end = _closing_brace(text, hit.end()) if hit["boxed"] else hit.end()
@@ -112,7 +115,7 @@ def _formulas(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _closing_brace(text: str, start: int) -> int | None:
-    """The place behind the brace that closes the one ahead of `start`."""
+    """The place after the brace that closes the one before `start`; None when none is near enough."""
     depth = 1
     for place in range(start, min(len(text), start + LONGEST_FORMULA)):
         if text[place - 1] != "\\":
@@ -134,7 +137,7 @@ def _shown(part: str, is_maths: bool) -> Markup:
 
 
 def _escaped(text: str) -> Markup:
-    """Characters that cannot be seen are shown by their numbers."""
+    """The escaped text. Invisible characters are shown by their numbers."""
 
     def number(hit: re.Match[str]) -> str:
         return Markup('<span class="control">U+{:04X}</span>').format(ord(hit[0]))
@@ -144,18 +147,20 @@ def _escaped(text: str) -> Markup:
 
 @lru_cache(maxsize=2048)
 def _mathml(latex: str, is_block: bool) -> Markup | None:
-    """None for a formula that cannot be read."""
+    """The formula as MathML; None when it is too long, defines a macro or cannot be parsed."""
     if len(latex) > LONGEST_FORMULA or MACROS.search(latex) or INVISIBLE.search(latex):
         return None
     try:
         return _built(Converter(display="block" if is_block else "inline").convert_to_element(latex))
-    except Exception:  # a parser that raises whatever it meets, on a model's text: then shown as it is
+    except Exception:  # on a model's text the parser may raise anything; the text is then shown as it is
         return None
 
 
 def _built(element: Element) -> Markup:
-    """The formula anew, of known elements and attributes alone: the library lets \\href, \\style and tags in
-    \\text through."""
+    """The formula, built anew from known elements and attributes alone.
+
+    The library would let \\href, \\style and tags in \\text through.
+    """
     inner = Markup("").join(
         [
             escape(unescape(element.text or "")),
@@ -173,7 +178,7 @@ def _built(element: Element) -> Markup:
 
 
 def _units(text: str) -> Iterator[tuple[str, bool]]:
-    """Words, spaces and formulas: what is compared, and marked or not, as a whole."""
+    """Words, spaces and formulas, each with whether it is a formula. A unit is marked as a whole or not."""
     for part, is_maths in _parts(text):
         if is_maths:
             yield part, True
@@ -194,7 +199,7 @@ def _matches(ours: Sequence[str], theirs: Sequence[str]) -> Iterator[tuple[int, 
 
 
 def _marked(units: Sequence[tuple[str, bool]], matched: Sequence[bool]) -> Markup:
-    """Neighbouring units that differ share one mark; spaces differ only between two that do."""
+    """The units as HTML. Neighbours that differ share one mark; a space differs only between two that do."""
     words = [i for i, (unit, _) in enumerate(units) if not unit.isspace()][:MOST_WORDS]
     differs = {i for i in words if not matched[i]}
     differs |= {i for i, (unit, _) in enumerate(units) if unit.isspace() and {i - 1, i + 1} <= differs}
@@ -206,7 +211,7 @@ def _marked(units: Sequence[tuple[str, bool]], matched: Sequence[bool]) -> Marku
 
 
 def _joined(units: Sequence[tuple[str, bool]]) -> Markup:
-    """Words between two formulas are escaped at once."""
+    """The units as HTML. Words between two formulas are escaped at once."""
     runs = groupby(units, key=lambda unit: unit[1])
     return Markup("").join(
         _shown(part, is_maths)

@@ -1,4 +1,4 @@
-"""A step's groups as somebody wants to see them: searched, filtered, sorted. The whole state is a query."""
+"""Searches, filters and sorts a step's groups. The query of an address holds the whole view."""
 
 import csv
 import io
@@ -37,12 +37,12 @@ SORTS = {
     "votes": ("num_votes", "Votes"),
 }
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
-"""A cell that begins so is a formula to a spreadsheet: as text it gets an apostrophe ahead."""
+"""A spreadsheet reads a text that starts like this as a formula, so an apostrophe is put in front of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What is asked for."""
+    """Which groups are shown, and in what order."""
 
     search: str = ""
     only: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ class View:
 
     @classmethod
     def of(cls, query: QueryParams) -> "View":
-        """BadInput for one that there is not."""
+        """The view that a query describes. BadInput for an unknown filter, order or page."""
         only = tuple(name for name in FILTERS if name in query.getlist("only"))
         unknown = {*query.getlist("only")} - {*FILTERS}
         sort, page = query.get("sort", "position"), query.get("page", "1")
@@ -61,7 +61,7 @@ class View:
         return cls(query.get("q", "").strip(), only, sort, query.get("order") == "desc", int(page))
 
     def query(self, **changes: Any) -> str:
-        """The state with these changes, as behind a question mark; empty for the plain list."""
+        """The query of the view with these changes, with its question mark; empty for the plain list."""
         view = replace(self, **changes)
         pairs = [("q", view.search)] if view.search else []
         pairs += [("only", name) for name in view.only]
@@ -71,16 +71,16 @@ class View:
         return f"?{urlencode(pairs)}" if pairs else ""
 
     def toggled(self, name: str) -> str:
-        """The query with this filter the other way."""
+        """The query with this filter switched on or off."""
         only = tuple(one for one in FILTERS if (one in self.only) != (one == name))
         return self.query(only=only, page=1)
 
     def sorted_by(self, name: str) -> str:
-        """The query in this order; the other way round where it is in this order already."""
+        """The query in this order. If the view has this order already, its direction is reversed."""
         return self.query(sort=name, descending=name == self.sort and not self.descending, page=1)
 
     def places(self, run: RunDir, step: int, reviews: Mapping[int, Review]) -> list[int]:
-        """The rows of the step's table that are asked for, in order, on all pages."""
+        """The rows of the step's table that the view shows, in its order, on all pages."""
         key, texts = SORTS[self.sort][0], ("prompt", "reference") if self.search else ()
         names = {"group", key, *texts, *(CHOSEN_BY[name][0] for name in self.only if name in CHOSEN_BY)}
         columns = summaries(run, step, sorted(names)).to_pydict()
@@ -105,11 +105,11 @@ CHOSEN_BY: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "truncated": ("truncated", bool),
     "abstained": ("abstained", bool),
 }
-"""Filters by the column that they read. What is not known of a group keeps it in none of them."""
+"""The column that each filter reads, and its test. A value that is not known passes no test."""
 
 
 def _chosen(name: str, columns: Mapping[str, list[Any]], reviews: Mapping[int, Review]) -> list[bool]:
-    """By place, whether the filter keeps the row."""
+    """Whether the filter keeps the row, for each place."""
     if name in CHOSEN_BY:
         column, keeps = CHOSEN_BY[name]
         return [keeps(value) for value in columns[column]]
@@ -119,7 +119,7 @@ def _chosen(name: str, columns: Mapping[str, list[Any]], reviews: Mapping[int, R
 
 
 def _in_order(places: Iterable[int], values: Sequence[Any], descending: bool) -> list[int]:
-    """Rows without a value are last, both ways; equal ones stay in the order of the step."""
+    """The places by value. Rows without one come last in both directions. Ties keep the step's order."""
     known, unknown = [], []
     for place in places:
         (unknown if values[place] is None else known).append(place)
@@ -129,7 +129,7 @@ def _in_order(places: Iterable[int], values: Sequence[Any], descending: bool) ->
 def exported_jsonl(
     run: RunDir, step: int, places: Sequence[int], reviews: Mapping[int, Review]
 ) -> Iterator[str]:
-    """A line a group."""
+    """One line per group."""
     for row in _exported(run, step, places, reviews):
         yield json.dumps(row, ensure_ascii=False) + "\n"
 
@@ -137,7 +137,7 @@ def exported_jsonl(
 def exported_csv(
     run: RunDir, step: int, places: Sequence[int], reviews: Mapping[int, Review]
 ) -> Iterator[str]:
-    """A header, and a line a group; lists as JSON."""
+    """A header and one line per group. Lists are written as JSON."""
     line = io.StringIO()
     writer: csv.DictWriter | None = None
     for row in _exported(run, step, places, reviews):

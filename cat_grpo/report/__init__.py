@@ -1,1 +1,1 @@
-"""What people read of a run: pages, curves, tables of groups, reviews, trackers."""
+"""Shows a run to people: pages, curves, tables of groups, reviews, trackers."""

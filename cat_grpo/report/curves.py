@@ -1,4 +1,4 @@
-"""A run's curves as SVG: each on pages, with the values behind it, and all of them in one picture."""
+"""Draws a run's curves as SVG: panel by panel with their values for pages, or all panels in one picture."""
 
 import json
 import math
@@ -38,15 +38,15 @@ PANELS = {
     "KL to the anchor, nats": {"KL": "policy/kl"},
     "Length, tokens": {"rollout": "policy/tokens_per_rollout", "reference": "reference/tokens"},
 }
-"""By title: what each curve is called, and its metric."""
+"""The label of each curve and its metric, by the panel's title."""
 WIDTH, HEIGHT = 340, 170
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 22
 MOST_POINTS = 250
-"""Of one curve: finer than the pixels is only bytes."""
+"""Points of one curve. More would be finer than the pixels and only cost bytes."""
 MOST_DOTS = 60
 """A longer curve has no dots."""
 MAX_PICTURE_BYTES = 36_000
-"""A dashboard may send all versions of a run's pictures to the browser at once."""
+"""Small, because a dashboard may send all versions of a run's pictures to the browser at once."""
 NUM_COLUMNS, TITLE_HEIGHT, GAP = 3, 22, 18
 COLOURS = ("#3f51c5", "#d2540a", "#11845b", "#9333a8")
 STYLE = (
@@ -59,7 +59,7 @@ STYLE = (
         for i, colour in enumerate(COLOURS)
     )
 )
-"""Of the one picture. On pages the style sheet says it, for dark screens too."""
+"""The style of the one picture. Pages use the style sheet, which also has colours for dark screens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +68,12 @@ class Panel:
 
     title: str
     curves: Mapping[tuple[str, str], Curve]
-    """By (class of the line, label)."""
+    """The curves by (class of the line, label)."""
     scale: "Scale"
 
     @property
     def svg(self) -> Markup:
-        """A picture that knows its values: steps, values and where they stand."""
+        """The picture together with its data: the step, value and position of each point."""
         known = [
             {
                 "label": label,
@@ -90,19 +90,19 @@ class Panel:
         ).format(WIDTH, HEIGHT, self.title, json.dumps(known), self.drawing(), TOP, HEIGHT - BOTTOM)
 
     def drawing(self, most_points: int = MOST_POINTS) -> Markup:
-        """What is inside the picture."""
+        """The axes and the lines inside the picture."""
         lines = [_lines(look, curve, self.scale, most_points) for (look, _), curve in self.curves.items()]
         return Markup("").join([_axes(self.scale), *lines])
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Where steps and values stand in the picture."""
+    """Maps steps and values to places in the picture."""
 
     first: int
     last: int
     ticks: tuple[float, ...]
-    """Of the values, from the bottom of the picture to its top."""
+    """Values, from the bottom of the picture to its top."""
 
     def x(self, step: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * (step - self.first) / max(self.last - self.first, 1)
@@ -113,9 +113,9 @@ class Scale:
 
 
 def panels(runs: Mapping[str, Sequence[Metrics]]) -> list[Panel]:
-    """Of one run, or of several in the same pictures; a panel with nothing to show is left out.
+    """The panels of one run, or of several in the same pictures. Leaves out a panel with nothing to show.
 
-    A colour is a run, or in the pictures of one run a curve; beside another run a further curve is dashed.
+    One run has a colour per curve. Several have a colour per run, and dashes tell each run's curves apart.
     """
     drawn = []
     for title, names in PANELS.items():
@@ -131,7 +131,7 @@ def panels(runs: Mapping[str, Sequence[Metrics]]) -> list[Panel]:
 
 
 def picture(history: Sequence[Metrics]) -> str:
-    """The run so far, all its panels in one SVG: as fine as fits."""
+    """The run so far, all its panels in one SVG, with as many points as fit into MAX_PICTURE_BYTES."""
     drawn = panels({"run": history})
     for most_points in (MOST_POINTS, 160, 100, 60, 40):
         image = _picture(drawn, most_points)
@@ -161,7 +161,7 @@ def _picture(drawn: Sequence[Panel], most_points: int) -> str:
 
 
 def _legend(panel: Panel) -> Markup:
-    """Behind the title, each in its colour, where there can be several."""
+    """The labels that follow the title, each in its curve's colour; empty when a panel can have only one."""
     if len(PANELS[panel.title]) == 1:
         return Markup("")
     named = Markup('<tspan dx="9" class="{}">{}</tspan>')
@@ -169,7 +169,7 @@ def _legend(panel: Panel) -> Markup:
 
 
 def _curves(history: Sequence[Metrics], names: Mapping[str, str]) -> dict[str, Curve]:
-    """By label. A curve that repeats another, or has no finite value, is left out."""
+    """The curves by label. Leaves out a curve that repeats another or has no finite value."""
     curves: dict[str, Curve] = {}
     for label, name in names.items():
         numbered = ((step, metrics.get(name, math.nan)) for step, metrics in enumerate(history, start=1))
@@ -180,7 +180,7 @@ def _curves(history: Sequence[Metrics], names: Mapping[str, str]) -> dict[str, C
 
 
 def _lines(look: str, curve: Curve, scale: Scale, most_points: int) -> Markup:
-    """Few steps as dots on a line; many faint, under their running mean."""
+    """Draws few steps as dots on a line, and many as a faint line under their running mean."""
     points = _thinned([*curve.items()], most_points)
     if len(curve) <= MOST_DOTS:
         return _line(look, points, scale) + _dots(look, points, scale)
@@ -196,13 +196,13 @@ def _line(look: str, points: Sequence[tuple[int, float]], scale: Scale) -> Marku
 
 
 def _dots(look: str, points: Sequence[tuple[int, float]], scale: Scale) -> Markup:
-    """Lines of no length, whose round ends are the dots."""
+    """Draws lines of no length: their round ends are the dots."""
     path = "".join(f"M{scale.x(step):.1f},{scale.y(value):.1f}h0" for step, value in points)
     return Markup('<path class="{} dots" d="{}"/>').format(look, path)
 
 
 def _thinned(points: Sequence[T], most_points: int) -> Sequence[T]:
-    """The last is always among them."""
+    """At most `most_points` of the points, evenly spaced, always with the last one."""
     stride = -(-len(points) // most_points)
     return points[::-1][::stride][::-1]
 
@@ -228,7 +228,7 @@ def _axes(scale: Scale) -> Markup:
 
 
 def _scale(curves: Sequence[Curve]) -> Scale:
-    """From zero where nothing is below: a zoomed axis makes noise look like a trend."""
+    """The scale of these curves. It includes zero, because a zoomed axis makes noise look like a trend."""
     steps = [step for curve in curves for step in curve]
     values = [value for curve in curves for value in curve.values()]
     return Scale(min(steps), max(steps), _ticks(min(0.0, *values), max(0.0, *values)))

@@ -1,6 +1,6 @@
-"""Records and metrics for a person to read: pages and tables. Small whatever the texts' lengths.
+"""Turns records and metrics into pages and tables for people. They stay small, however long the texts are.
 
-Texts are a model's: on a page they are escaped, and cut to the widest cells that keep the page in its bounds.
+A model wrote the texts, so pages escape them. Each text is cut to the widest cell that keeps its page small.
 """
 
 import json
@@ -15,7 +15,7 @@ from cat_grpo.report.reviews import Accuracy
 T = TypeVar("T")
 
 MAX_BYTES = 24_000
-"""Of a table's or group's JSON: a dashboard may send all versions of a run's pages to the browser at once."""
+"""Limit of a table's or group's JSON: a dashboard may send all versions of a page to the browser at once."""
 MAX_ROWS = 50
 MAX_ROLLOUTS = 16
 WIDTHS = (1000, 500, 250, 120, 60, 30, 15, 0)
@@ -47,7 +47,7 @@ def step_markdown(
     blocks = [
         f"# Step {len(history)} of {num_steps}",
         *([f"⛔ **Stopped here:** {_escape(alarm)}"] if alarm else []),
-        *(f"⚠ **Look here:** {_escape(warning)}" for warning in warnings),
+        *(f"⚠ **Warning:** {_escape(warning)}" for warning in warnings),
         " · ".join(headline),
         group_markdown(rewarded[0]),
         "## All figures",
@@ -57,7 +57,7 @@ def step_markdown(
 
 
 def run_markdown(history: Sequence[Metrics], num_steps: int, alarm: str | None, reviewed: Accuracy) -> str:
-    """A page on the whole run: its first and its last steps, its checkpoints, what people say of it."""
+    """A page on the whole run: its first and its last steps, its checkpoints and its reviews."""
     first, last = history[:WINDOW], history[-WINDOW:]
     names = [name for name in _means(history[-1]) if not name.startswith(("time/", "engine/", "validation/"))]
     figures = [[name, _late(first, name), _late(last, name)] for name in names if name != "step"]
@@ -84,12 +84,12 @@ def group_markdown(group: RewardedGroup) -> str:
 
 
 def reference_rows(rewarded: Sequence[RewardedGroup]) -> list[dict[str, Any]]:
-    """One row per problem, as `table_rows`."""
+    """One row per problem, cut as in `table_rows`."""
     return table_rows([_reference_row(group) for group in rewarded[:MAX_ROWS]])
 
 
 def gate_markdown(step: int, rewarded: Sequence[RewardedGroup]) -> str:
-    """What a person reads before the references may train the policy, in one table."""
+    """The table that a person reads before the references may train the policy."""
     rows = [_reference_row(group) for group in rewarded[:MAX_ROWS]]
 
     def table(width: int) -> str:
@@ -108,17 +108,17 @@ def table_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def metric_words(name: str) -> str:
-    """Of a metric, without its section and unit."""
+    """The metric's name in words, without its section and unit."""
     return name.partition("/")[2].removesuffix("_frac").removesuffix("_s").replace("_", " ")
 
 
 def figures_table(figures: Mapping[str, float]) -> str:
-    """What `evaluate` found, with standard errors."""
+    """The figures of `evaluate` in a table, with their standard errors."""
     return _table(["", "mean ± standard error"], [[name, _figure(figures, name)] for name in _means(figures)])
 
 
 def summary_table(summary: Mapping[str, Any]) -> str:
-    """Before and after for each family of {family: {"before": figures, "after": figures}}."""
+    """The figures before and after, for each family of {family: {"before": figures, "after": figures}}."""
     rows = [
         [family, name, _figure(part["before"], name), _figure(part["after"], name)]
         for family, part in summary.items()
@@ -141,7 +141,7 @@ def _all_figures(history: Sequence[Metrics]) -> str:
 
 
 def _late(steps: Sequence[Metrics], name: str) -> str:
-    """The mean of these steps, those left out that lack it."""
+    """The mean over those of these steps that have the figure."""
     return _figure({name: mean(metrics[name] for metrics in steps if name in metrics)}, name)
 
 
@@ -153,7 +153,7 @@ def _reference_row(group: RewardedGroup) -> dict[str, Any]:
         "majority": group.reference.majority,
         "agrees": agrees_with_majority(group),
         "mean reward": round(mean(rewards), 3) if rewards else None,
-        "scored": f"{len(rewards)} of {len(group.rewards)}",
+        "rewarded": f"{len(rewards)} of {len(group.rewards)}",
     }
 
 
@@ -180,14 +180,14 @@ def _group_page(group: RewardedGroup, width: int) -> str:
 
 
 def _reference(reference: Reference, width: int) -> str:
-    """The reference; where there is none, why, and what the anchor wrote."""
+    """The reference. When there is none, the reason and what the anchor wrote."""
     if reference.text is not None:
         return _cell(reference.text, width)
     return f"none: {reference.refused} {_cell(reference.written, width)}".rstrip()
 
 
 def _majority(group: RewardedGroup, width: int) -> str:
-    """The most frequent answer and how the reference stands to it; empty without one."""
+    """The most frequent answer and whether the reference agrees; empty without one."""
     reference = group.reference
     if reference.majority is None:
         return ""
@@ -221,7 +221,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _fitting(make: Callable[[int], T]) -> T:
-    """What `make` makes with the widest cells that fit."""
+    """The result of `make` with the widest cells that fit."""
     made = (make(width) for width in WIDTHS)
     return next(one for one in made if len(json.dumps(one)) <= MAX_BYTES)
 
@@ -233,7 +233,7 @@ def _plain(cell: Any, width: int) -> Any:
 
 
 def _cut(text: str, width: int) -> str:
-    """In one line; where it is cut, it says how much there is."""
+    """The text in one line. A cut text ends with its full length."""
     text = " ".join(text.split())
     return text if len(text) <= width else f"{text[:width]} … ({len(text)} characters)"
 
@@ -248,7 +248,7 @@ def _escape(text: str) -> str:
 
 
 def _means(figures: Mapping[str, float]) -> list[str]:
-    """The names of all that is no standard error and no count of problems."""
+    """The names of the figures, without standard errors and counts of problems."""
     return [name for name in figures if not name.endswith(("_se", "num_problems"))]
 
 

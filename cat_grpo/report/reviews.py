@@ -1,6 +1,6 @@
-"""What people said of a run's references: `reviews.jsonl`, to which lines are only ever added.
+"""People's reviews of a run's references, in `reviews.jsonl`. Lines are only ever added to it.
 
-The one measure of references where there are no gold answers.
+Without gold answers, reviews are the only measure of the references.
 """
 
 import json
@@ -21,15 +21,15 @@ Opinion = Literal["right", "wrong", "unsure"]
 
 @dataclass(frozen=True, slots=True)
 class Review:
-    """One person on one reference."""
+    """One person's opinion on one reference."""
 
     time: str
     """UTC, in ISO 8601."""
     name: str
     step: int
-    """As the step's folder counts, from 0."""
+    """Counted from 0, as in the name of the step's folder."""
     group: int
-    """Its position in the step, from 0: a problem may come twice in one."""
+    """Its position in the step, from 0, because a step may hold the same problem twice."""
     problem_id: str
     opinion: Opinion
     note: str = ""
@@ -37,7 +37,7 @@ class Review:
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """How many of the reviewed references people hold for right; the unsure count on neither side."""
+    """How many of the reviewed references people found right. Unsure ones count on neither side."""
 
     right: int
     wrong: int
@@ -45,13 +45,13 @@ class Accuracy:
 
     @property
     def mean(self) -> float | None:
-        """None before anything was decided."""
+        """The share of right ones among those right or wrong; None when there are none."""
         decided = self.right + self.wrong
         return self.right / decided if decided else None
 
     @property
     def standard_error(self) -> float | None:
-        """sqrt(p (1 - p) / n), for references that were drawn at random. 0 where all are alike."""
+        """sqrt(p (1 - p) / n), for references drawn at random; 0 when all are alike, None without any."""
         decided = self.right + self.wrong
         return math.sqrt(self.right * self.wrong / decided**3) if decided else None
 
@@ -61,12 +61,12 @@ def now() -> str:
 
 
 def append_review(path: Path, review: Review) -> None:
-    """One line more. Several processes may write at once: a line is one write to the end of the file."""
+    """Adds a line. Several processes may do so at once: each line is one write to the end of the file."""
     append_line(path, json.dumps(asdict(review), ensure_ascii=False))
 
 
 def read_reviews(path: Path) -> list[Review]:
-    """In the order of writing; none where there is no file. BadInput that says which line is wrong."""
+    """The reviews in the order of writing; none when there is no file. BadInput says which line is wrong."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -74,18 +74,18 @@ def read_reviews(path: Path) -> list[Review]:
 
 
 def latest(reviews: Iterable[Review]) -> dict[tuple[int, int], Review]:
-    """By (step, group): the last word on each reference."""
+    """The last review of each reference, by (step, group)."""
     return {(review.step, review.group): review for review in reviews}
 
 
 def accuracy(reviews: Iterable[Review]) -> Accuracy:
-    """Of the references, each by the last word on it."""
+    """The accuracy of the references. Only the last review of each one counts."""
     opinions = [review.opinion for review in latest(reviews).values()]
     return Accuracy(*(opinions.count(opinion) for opinion in get_args(Opinion)))
 
 
 def wrong_problems(reviews: Iterable[Review]) -> set[str]:
-    """The ids of problems whose reference was last found wrong, in whichever step it was."""
+    """The ids of problems whose reference was last found wrong, in whichever step."""
     last = {review.problem_id: review.opinion for review in reviews}
     return {problem_id for problem_id, opinion in last.items() if opinion == "wrong"}
 

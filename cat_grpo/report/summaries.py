@@ -1,6 +1,6 @@
-"""A step's groups, one row each: what a person searches, filters and sorts them by, without reading rollouts.
+"""One row per group of a step, so that a person can search, filter and sort groups without their rollouts.
 
-Group i of a step stands in shard i // shard_size, at place i % shard_size.
+Group i of a step is in shard i // shard_size, at place i % shard_size.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from cat_grpo.metrics import agrees_with_majority, differs_from_all, mean, std
 from cat_grpo.records import Kind, RewardedGroup
 
 Values = Sequence[Sequence[float | None]]
-"""(P, G): one a rollout, None where it could not be judged."""
+"""(P, G): one value per rollout, None where it could not be judged."""
 
 SUMMARIES = pa.schema(
     [
@@ -56,18 +56,18 @@ class Summary:
     differs_from_all: bool | None
     """No rollout has the reference's answer; None without one."""
     no_variance: bool
-    """All rewards are equal: the group moves nothing. False without a reward."""
+    """All rewards are equal, so the group carries no signal. False without a reward."""
     truncated: int
-    """Rollouts that were cut off."""
+    """The number of rollouts that were cut off."""
     abstained: int
-    """Verdicts that are missing."""
+    """The number of verdicts that are missing."""
     mean_reward: float | None
     reward_std: float | None
     mean_tokens: float
     kl: tuple[float, ...] = ()
-    """To the anchor, of each rollout; empty where it is in no reward."""
+    """Each rollout's KL to the anchor; empty when no reward includes it."""
     totals: tuple[float | None, ...] = ()
-    """What the advantages are made of: reward - penalty - kl_coef * KL. Empty before the update."""
+    """reward - penalty - kl_coef * KL, from which the advantages are made. Empty before the update."""
     advantages: tuple[float | None, ...] = ()
     """Empty before the update."""
 
@@ -80,7 +80,7 @@ def summarise(rewarded: Sequence[RewardedGroup], first: int = 0) -> list[Summary
 def summarise_update(
     rewarded: Sequence[RewardedGroup], kl: Values, totals: Values, advantages: Values
 ) -> list[Summary]:
-    """As `summarise` of a whole step, with what its update was made of: (P, G) each, `kl` perhaps empty."""
+    """The summaries of a whole step with the values of its update: (P, G) each, `kl` may be empty."""
     kl = kl or [()] * len(rewarded)
     return [
         replace(summary, kl=tuple(kl[p]), totals=tuple(totals[p]), advantages=tuple(advantages[p]))

@@ -1,6 +1,6 @@
-"""A run's figures in the tracker that its user has, by that tracker's own library.
+"""Sends a run's figures to the tracker that its user has, by that tracker's own library.
 
-They are in metrics.jsonl all the same.
+They are also in metrics.jsonl.
 """
 
 import hashlib
@@ -18,17 +18,17 @@ PROJECT = "cat_grpo"
 
 @dataclass(frozen=True, slots=True)
 class Tracker:
-    """Where the figures of a run's steps go, until it is closed."""
+    """Takes the figures of a run's steps until it is closed."""
 
     log: Callable[[Metrics, int], object]
-    """Called with a step's figures and its number, from 1. A step that is done again comes again."""
+    """Called with a step's figures and its number, from 1. A repeated step is logged again."""
     close: Callable[[], object]
 
 
 def open_tracker(name: str | None, run: Path, settings: Mapping[str, Any], next_step: int) -> Tracker:
-    """The tracker, on the run of the same directory if it has been there before; None tracks nothing.
+    """The tracker. It resumes its own run of the same directory, if there is one; None tracks nothing.
 
-    BadInput where its library is not installed.
+    BadInput when its library is not installed.
     """
     if name is None:
         return Tracker(lambda metrics, step: None, lambda: None)

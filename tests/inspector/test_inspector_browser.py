@@ -135,5 +135,5 @@ def test_another_site_cannot_review(runs: Path, address: str, page: Any):
     page.route(f"{other}/evil", lambda route: route.fulfill(body=form + fields, content_type="text/html"))
     page.goto(f"{other}/evil")
     page.get_by_role("button").click()
-    page.get_by_text("Only these pages may review.").wait_for()
+    page.get_by_text("Only these pages may send a review.").wait_for()
     assert not (runs / "plain" / REVIEWS).exists()

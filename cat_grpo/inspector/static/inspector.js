@@ -1,9 +1,10 @@
-// Keys, reviews without a new page, and the values under the pointer. Every page works without it too.
+// Handles keys, sends reviews without a new page, and shows the values under the pointer.
+// Every page also works without this script.
 "use strict";
 
 const one = (selector) => document.querySelector(selector);
 
-// The next or previous row of a table, or else the page's own next and previous.
+// Moves to the next or previous row of a table, or follows the page's own next or previous link.
 function move(by) {
   const rows = [...document.querySelectorAll("a[data-row]")];
   const link = one(by > 0 ? 'a[rel="next"]' : 'a[rel="prev"]');
@@ -57,7 +58,7 @@ if (form) {
       body: JSON.stringify({ name, opinion, note: form.elements.note.value }),
     }).catch(() => null);
     if (!answer || !answer.ok) {
-      status.textContent = "It was not written. Is the inspector still running?";
+      status.textContent = "The review was not saved. Is the inspector still running?";
       return;
     }
     for (const [scope, text] of Object.entries(await answer.json()))
@@ -69,7 +70,7 @@ if (form) {
   }
 }
 
-// Without a name there is no review: the key then leads to the field.
+// A review needs a name. When it is missing, the key leads to its field.
 document.addEventListener("invalid", (event) => event.target.focus(), true);
 
 const figure = (value) => (Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : String(+value.toPrecision(3)));
