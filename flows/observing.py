@@ -1,6 +1,7 @@
 """Shows a run in Prefect: a task run per stage, its pages, and the gate where a person decides."""
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, Self
@@ -15,6 +16,8 @@ from cat_grpo.run.rundir import RunDir
 from flows.artifacts import Dashboard
 from flows.gate import ask
 
+log = logging.getLogger(__name__)
+
 
 class StageEnded(Stopped):
     """A stage has failed with this error. Its task run shows the error, and the flow run has it in full."""
@@ -28,7 +31,7 @@ class TaskRuns(Observer):
 
     def __init__(self) -> None:
         self._ends: dict[tuple[str, int], asyncio.Future[BaseException | None]] = {}
-        self._shown: list[asyncio.Task[None]] = []
+        self._shown: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -38,11 +41,19 @@ class TaskRuns(Observer):
 
     def started(self, stage: str, step: int) -> None:
         self._ends[stage, step] = end = asyncio.get_running_loop().create_future()
-        self._shown = [shown for shown in self._shown if not shown.done()]
-        self._shown.append(asyncio.create_task(_task(stage)(end, step)))
+        shown = asyncio.create_task(_task(stage)(end, step))
+        self._shown.add(shown)
+        shown.add_done_callback(self._ended)
 
     def finished(self, stage: str, step: int, error: BaseException | None) -> None:
         self._ends.pop((stage, step)).set_result(error)
+
+    def _ended(self, shown: asyncio.Task[None]) -> None:
+        """A task run that Prefect loses costs what the dashboard shows, and not the training."""
+        self._shown.discard(shown)
+        error = None if shown.cancelled() else shown.exception()
+        if error is not None and not isinstance(error, StageEnded):
+            log.warning("a task run could not be shown: %s: %s", type(error).__name__, error)
 
 
 class Training(TaskRuns):

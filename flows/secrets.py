@@ -16,6 +16,6 @@ async def read_secrets(config: Config) -> dict[str, str]:
 async def _read(name: str) -> str:
     try:
         block = await Secret.aload(name)
-    except BadInput as error:
+    except ValueError as error:
         raise BadInput(f"server.api_key: prefect:{name}: there is no such Secret block") from error
     return str(block.get())
