@@ -42,7 +42,7 @@ def find(name: str, shipped: Mapping[str, F], setting: str) -> F:
         raise BadInput(f"{setting}: {name!r}: expected one of {known}, or module:function of your own")
     module, _, attribute = name.partition(":")
     try:
-        function: Any = getattr(_imported(module), attribute)
+        function: F = getattr(_imported(module), attribute)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # a module of the user's that lacks another
