@@ -26,16 +26,16 @@ class Sampling:
     top_k: int = 0
     """0 keeps every token."""
     seeds: Sequence[int] | None = None
-    """One per prompt; completion i of a prompt draws from (seed, i) alone, whatever stands beside it in the
-    batch. None: fresh randomness."""
+    """One per prompt. Completion i of a prompt depends on (seed, i) alone, never on its neighbours in the
+    batch. None draws fresh randomness."""
 
     def bounded_seeds(self, num_prompts: int) -> list[int | None]:
-        """One per prompt, for servers that draw completion i from the seed plus i, as a 64-bit integer."""
+        """One seed per prompt, below 2**62: servers add i for completion i and need a 64-bit integer."""
         return [seed % 2**62 for seed in self.seeds] if self.seeds else [None] * num_prompts
 
 
 class NoLogprobsError(Exception):
-    """The server tells no probabilities of tokens: labels cannot be read, only written."""
+    """The server returns no token probabilities, so labels can be written but not read."""
 
 
 class SyncError(Stopped):
@@ -52,49 +52,49 @@ class Engine(Protocol):
     async def read_labels(self, prompts: Sequence[Messages], labels: Sequence[str]) -> list[LabelRead]:
         """The probability of each label as the first token of the answer: one prefill, no decoding.
 
-        Raises BadInput when two labels begin with the same token, NoLogprobsError where the server refuses to
-        tell any; a reply without them is a read that `is_told` is False of.
+        Raises BadInput when two labels begin with the same token, and NoLogprobsError when the server refuses
+        to return probabilities. A reply without them becomes a read whose `is_told` is False.
         """
         ...
 
     async def logprobs(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
     ) -> list[tuple[float, ...]]:
-        """log pi(token) in nats at temperature 1 for each token of each completion, whose ids are those that
-        `generate` has returned."""
+        """log pi(token), in nats at temperature 1, of each token of each completion. The ids must be those
+        that `generate` returned."""
         ...
 
     async def load_weights(self, checkpoint: Path) -> None:
-        """Serve the weights of this checkpoint, or its adapters beside the bare weights, from the next call
-        on. The folder must stay until another is loaded."""
+        """Serves this checkpoint's weights, or its adapters beside the bare weights, from the next call on.
+        The folder must stay until another checkpoint is loaded."""
         ...
 
     def without_adapters(self) -> "Engine":
-        """The bare weights, served beside the adapters by the same engine: a queue or a batch for both."""
+        """Returns this engine serving the bare weights. Both views share one queue or batch."""
         ...
 
     async def close(self) -> None:
-        """Give the memory back."""
+        """Frees the engine's memory."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """Who plays which role. One engine may play several."""
+    """The engine of each role. One engine may play several roles."""
 
     policy: Engine
     anchor: Engine
     judge: Engine
 
     async def close(self) -> None:
-        """Each of them once, whatever another raises."""
+        """Closes each engine once, even when another one fails to close."""
         async with AsyncExitStack() as closing:
             for engine in {id(engine): engine for engine in (self.policy, self.anchor, self.judge)}.values():
                 closing.push_async_callback(engine.close)
 
 
 async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """All at once, the results in order. Where one fails, the others are cancelled first."""
+    """Runs all at once and returns the results in order. When one fails, cancels the others and raises."""
     tasks = [asyncio.ensure_future(one) for one in work]
     try:
         return await asyncio.gather(*tasks)

@@ -1,6 +1,6 @@
-"""transformers in this process, on a CPU or a GPU: the engine that needs nothing else.
+"""The engine that runs transformers in this process, on a CPU or a GPU. It needs nothing else.
 
-It can share the learner's live module, and then serves every update without a copy.
+It can share the learner's live module. It then serves every update without a copy.
 """
 
 import asyncio
@@ -51,7 +51,10 @@ def resolve_dtype(config: ModelConfig) -> torch.dtype:
 def load_model_and_tokenizer(
     config: ModelConfig, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in evaluation mode on its device, in `dtype` or the config's. ValueError when it has none."""
+    """The model, in evaluation mode on its device, in `dtype` or the config's, and its tokenizer.
+
+    BadInput when either cannot be read or the tokenizer has no chat template.
+    """
     tokenizer = load_tokenizer(config.path)
     with readable_model(config.path):
         model = AutoModelForCausalLM.from_pretrained(
@@ -68,12 +71,12 @@ def unloaded_model(path: str) -> PreTrainedModel:
 
 
 class HFEngine:
-    """One model and its tokenizer. Calls queue up; each runs whole, off the event loop."""
+    """One model and its tokenizer. Calls queue up. Each runs to its end in a thread, off the event loop."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig
     ) -> None:
-        self.model: Any = model  # transformers' types do not tell that it can generate
+        self.model: Any = model  # transformers' types do not say that it can generate
         self._pad_id: Any = tokenizer.pad_token_id
         self._config = config
         declared = model.generation_config.eos_token_id if model.generation_config else None
@@ -87,7 +90,7 @@ class HFEngine:
         return cls(*load_model_and_tokenizer(config), config)
 
     def without_adapters(self) -> "HFEngine":
-        """The model as it was before its adapters: the same weights, and one queue for the calls to both."""
+        """Returns this engine with the adapters off. Both share the weights and one queue of calls."""
         other = copy(self)
         other._set_up = partial(adapters_off, self.model)
         return other
@@ -113,7 +116,7 @@ class HFEngine:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._without_gradients, work)
 
     def _without_gradients(self, work: Callable[[], T]) -> T:
-        """The learner's float32 weights, too, are computed with in the engine's own dtype."""
+        """Runs `work` without gradients, in the engine's dtype even on the learner's float32 weights."""
         dtype = resolve_dtype(self._config)
         is_lower = dtype != torch.float32
         autocast = torch.autocast(self.model.device.type, dtype, enabled=is_lower)
@@ -199,7 +202,8 @@ class HFEngine:
         return input_ids.to(self.model.device), attention_mask.to(self.model.device)
 
     def _batches(self, lengths: Sequence[int], max_tokens: int, n: int) -> Iterator[list[int]]:
-        """Indices, longest first, in batches whose padded size stays within the budget where one row does."""
+        """Yields batches of indices, longest first. Only a batch of one index may exceed `max_batch_tokens`,
+        padding included."""
         batch: list[int] = []
         for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
             width = (lengths[batch[0]] if batch else lengths[i]) + max_tokens
@@ -212,7 +216,7 @@ class HFEngine:
 
 
 def _inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
-    """Of a forward pass over left-padded rows."""
+    """The arguments of a forward pass over left-padded rows."""
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     return {
         "input_ids": input_ids,

@@ -1,4 +1,4 @@
-"""How hard a stage works its engines: counted from what calls and answers say, whatever the engine is."""
+"""Measures how hard a stage works its engines. It counts calls and answers, so it works for any engine."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,19 +11,22 @@ from cat_grpo.records import Generation, LabelRead, Messages, Usage
 
 
 class Meter:
-    """What one stage has asked of its engines since `read` was called last."""
+    """Counts what one stage asks of its engines from one `read` to the next."""
 
     def __init__(self) -> None:
         self._waiting, self._since = 0, 0.0
         self._start_anew()
 
     def on(self, engine: Engine) -> Engine:
-        """The engine, counted."""
+        """Returns the engine with its calls counted."""
         return _Metered(engine, self)
 
     def read(self) -> dict[str, float]:
-        """Figures since the last read; none where nothing was asked. tokens_per_s are of completions, over
-        the time in which anything was asked; queue_depth is the mean number of prompts under way then."""
+        """Returns the figures since the last read, or {} when nothing was asked.
+
+        tokens_per_s counts completion tokens over the time with at least one prompt in progress. queue_depth
+        is the mean number of prompts in progress over that time.
+        """
         used, busy = self.used, self._busy
         figures: dict[str, float] = {}
         if self._calls and busy:
@@ -57,7 +60,7 @@ class Meter:
     def _start_anew(self) -> None:
         self._calls, self._busy, self._area = 0, 0.0, 0.0
         self.used: list[Usage] = []
-        """By each prompt."""
+        """One for each answered prompt."""
 
     def _change(self, by: int) -> None:
         now = time.monotonic()

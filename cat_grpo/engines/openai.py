@@ -1,4 +1,4 @@
-"""OpenAI-compatible servers: vLLM's, which read and give token ids, and any other, which read messages."""
+"""OpenAI-compatible servers. vLLM's servers take and return token ids; any other server takes messages."""
 
 import math
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,19 +17,19 @@ from cat_grpo.learner.lora import ADAPTER_WEIGHTS
 from cat_grpo.records import Completion, Generation, LabelRead, Messages, Usage
 
 TOP_LOGPROBS = 20
-"""The most that OpenAI's API tells."""
+"""The most logprobs per token that OpenAI's API returns."""
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """Of the policy, where the servers find it."""
+    """An adapter of the policy, in a folder that the servers can read."""
 
     name: str
     folder: Path
 
 
 def open_servers(config: ModelConfig, api_key: str) -> "TokenServers | ChatServers":
-    """The engine for the config's servers, which are first asked when they are needed."""
+    """The engine for the config's servers. It contacts them only when the first request is made."""
     pool = Pool(config.server, api_key)
     if config.server.api == "chat":
         return ChatServers(pool, config)
@@ -58,11 +58,11 @@ class _Servers:
 
 
 class TokenServers(_Servers):
-    """Servers of vLLM: prompts go as ids, ids and logprobs come back. All roles.
+    """vLLM servers, for every role: prompts go as ids, and ids and logprobs come back.
 
-    With top-p, top-k or a temperature the logprobs are the policy's own where a server was started with
-    `--logprobs-mode processed_logprobs`, as for `cat_grpo.engines.vllm`. A policy's adapters are loaded by a
-    server that was started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and finds the run's directory.
+    With top-p, top-k or a temperature, the logprobs are the policy's own only if the server was started with
+    `--logprobs-mode processed_logprobs`, which `cat_grpo.engines.vllm` sets. A server loads the policy's
+    adapters only if it was started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and can read the run's directory.
     """
 
     def __init__(self, pool: Pool, config: ModelConfig, tokens: ChatTokens) -> None:
@@ -71,7 +71,7 @@ class TokenServers(_Servers):
         self._adapter: Adapter | None = None
 
     def without_adapters(self) -> "TokenServers":
-        """The bare weights, on the same servers."""
+        """Returns an engine for the bare weights on the same servers."""
         return type(self)(self._pool, self._config, self._tokens)
 
     async def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[Generation]:
@@ -94,7 +94,7 @@ class TokenServers(_Servers):
 
     async def load_weights(self, checkpoint: Path) -> None:
         if not (checkpoint / ADAPTER_WEIGHTS).exists():
-            raise ValueError(f"{checkpoint}: servers take adapters, and there are none")
+            raise ValueError(f"{checkpoint}: servers take adapters, and this checkpoint has none")
         self._adapter = Adapter(f"cat-grpo-{uuid4().hex}", checkpoint.resolve())
         await together(self._load_if_there(server) for server in self._pool.servers)
 
@@ -146,8 +146,8 @@ class TokenServers(_Servers):
             )
             answer = raw.parse()
             if any(choice.finish_reason not in ("stop", "length") for choice in answer.choices):
-                # Half of a rollout is none: another server is asked.
-                raise APIConnectionError(message="ended before its end", request=raw.http_request)
+                # Half a completion is useless, so another server is asked.
+                raise APIConnectionError(message="the completion was cut short", request=raw.http_request)
             return answer, raw.retries_taken
 
         (answer, retries), failures = await self._pool.ask(self._anew_where_lost(request))
@@ -156,7 +156,7 @@ class TokenServers(_Servers):
     def _anew_where_lost(
         self, request: Callable[[Server], Awaitable[tuple[Any, int]]]
     ) -> Callable[[Server], Awaitable[tuple[Any, int]]]:
-        """A server that was started anew does not know the adapter that it had: it is given it again."""
+        """Loads the adapter again, and repeats the request, when a restarted server has lost it."""
 
         async def asked(server: Server) -> tuple[Any, int]:
             known = server.loads
@@ -165,14 +165,14 @@ class TokenServers(_Servers):
             except NotFoundError:
                 if not server.adapter:
                     raise
-                if server.loads == known:  # else another request has already given it again
+                if server.loads == known:  # otherwise another request has loaded it again
                     server.adapter = ""
                 return await request(server)
 
         return asked
 
     async def _model_on(self, server: Server) -> str:
-        """The name to ask for: the bare model's, or that of the adapter, which the server then has."""
+        """Returns the bare model's name, or the adapter's after loading it on a server that lacks it."""
         adapter = self._adapter
         if adapter is None:
             return self._model
@@ -183,14 +183,14 @@ class TokenServers(_Servers):
                 before, server.adapter = server.adapter, adapter.name
                 server.loads += 1
                 if before:
-                    with suppress(NotFoundError):  # by a server that was started anew
+                    with suppress(NotFoundError):  # a restarted server does not have it
                         await server.client.post(
                             "/unload_lora_adapter", body={"lora_name": before}, cast_to=str
                         )
         return adapter.name
 
     async def _load_if_there(self, server: Server) -> None:
-        """One that is away gets it when it is back and asked."""
+        """Loads the adapter on the server. A server that is down gets it with its next request."""
         try:
             await self._model_on(server)
         except UNREACHABLE as error:
@@ -198,12 +198,12 @@ class TokenServers(_Servers):
         except APIStatusError as error:
             raise BadInput(
                 f"{server.url}: {self._pool.said(error)} (adapters need VLLM_ALLOW_RUNTIME_LORA_UPDATING=1,"
-                " --enable-lora, and the run's directory)"
+                " --enable-lora, and access to the run's directory)"
             ) from None
 
 
 class ChatServers(_Servers):
-    """Any server: messages go as text, and text comes back. For an anchor or a judge."""
+    """Any server, for an anchor or a judge: messages go as text, and text comes back."""
 
     def without_adapters(self) -> "ChatServers":
         return self
@@ -220,10 +220,10 @@ class ChatServers(_Servers):
     async def logprobs(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
     ) -> list[tuple[float, ...]]:
-        raise ValueError("server.api: chat: it tells no logprobs of tokens that others have written")
+        raise ValueError("server.api: chat: a chat server returns no logprobs of given tokens")
 
     async def load_weights(self, checkpoint: Path) -> None:
-        raise ValueError("server.api: chat: it takes no weights")
+        raise ValueError("server.api: chat: a chat server takes no weights")
 
     async def _generate(self, messages: Messages, seed: int | None, sampling: Sampling) -> Generation:
         answer, retries = await self._chat(

@@ -1,4 +1,4 @@
-"""Equal servers of one model: the least busy is asked, and one that fails is set aside for a while."""
+"""Equal servers of one model. The least busy gets the request; one that fails is set aside for a while."""
 
 import asyncio
 import logging
@@ -27,27 +27,27 @@ log = logging.getLogger(__name__)
 __all__ = ["UNREACHABLE", "APIConnectionError", "APIStatusError", "NotFoundError", "Pool", "Server"]
 
 UNREACHABLE = (APIConnectionError, InternalServerError, RateLimitError)
-"""What another server may do better."""
+"""The errors after which another server is tried."""
 
 T = TypeVar("T")
 
 LIVES = 3
-"""A request is given up once as many servers as there are, times this, have failed it."""
+"""A request is given up after this many failures per server of the pool."""
 
 
 @dataclass(eq=False, slots=True)
 class Server:
-    """One of the pool. Its client tries again by itself, ever later, before it counts as failed."""
+    """One server of the pool. Its client retries, with growing delays, before the server counts as failed."""
 
     client: AsyncOpenAI
     slots: asyncio.Semaphore
     asked: int = 0
-    """Requests that it has, or that wait for it."""
+    """Requests that it is answering or that wait for it."""
     away_until: float = 0.0
     adapter: str = ""
-    """The one that it has loaded for us."""
+    """The name of the adapter that it has loaded for us."""
     loads: int = 0
-    """How often it was given one."""
+    """How often it has loaded one."""
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -73,9 +73,9 @@ class Pool:
         ]
 
     async def ask(self, request: Callable[[Server], Awaitable[T]]) -> tuple[T, int]:
-        """What a server answers, and how many have failed before it.
+        """Returns a server's answer and the number of failures before it.
 
-        Raises Stopped when none could be had, BadInput when one refuses the request as such.
+        Raises Stopped when the servers failed too often, and BadInput when one refuses the request itself.
         """
         failures = 0
         while True:
@@ -83,7 +83,7 @@ class Pool:
             server.asked += 1
             try:
                 async with server.slots:
-                    if self._is_away(server):  # since this request has waited for it
+                    if self._is_away(server):  # it failed while this request waited for it
                         continue
                     if self._limit:
                         await self._limit.acquire()
@@ -110,7 +110,7 @@ class Pool:
             await server.client.close()
 
     async def _least_busy(self) -> Server:
-        """Of those that are not set aside; where all are, the first that comes back."""
+        """Returns the least busy server that is not set aside. When all are, waits for the first back."""
         there = [server for server in self.servers if not self._is_away(server)]
         if there:
             return min(there, key=lambda server: server.asked)
@@ -122,7 +122,7 @@ class Pool:
         return server.away_until > _now()
 
     def said(self, error: Exception) -> str:
-        """One line, without the key, which some servers repeat."""
+        """The error's first line, without the API key, which some servers repeat."""
         return str(error).replace(self._api_key, "***").strip().partition("\n")[0]
 
 

@@ -1,4 +1,4 @@
-"""Who plays which role: a config's engines, opened."""
+"""Opens a config's engines and gives each role its engine."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from cat_grpo.models import model_folder
 log = logging.getLogger(__name__)
 
 Secrets = Mapping[str, str]
-"""What `prefect:NAME` stands for, read by those who know Prefect."""
+"""The API key behind each `prefect:NAME`. The flows read them, because only they know Prefect."""
 
 
 def open_engine(
@@ -36,7 +36,7 @@ def open_engine(
 
 
 async def open_engines(models: Sequence[ModelConfig], secrets: Secrets) -> list[Engine]:
-    """One for each, in order; equal ones are one engine."""
+    """One engine per model, in order. Equal models share one engine."""
     named = [model.model_copy(update={"path": model_folder(model.path)}) for model in models]
     distinct = [model for i, model in enumerate(named) if model not in named[:i]]
     opened = await _open_all([(model, 0) for model in distinct], secrets)
@@ -44,9 +44,10 @@ async def open_engines(models: Sequence[ModelConfig], secrets: Secrets) -> list[
 
 
 async def open_roles(config: Config, live: HFEngine, secrets: Secrets) -> Engines:
-    """The roles of a training run, whose learner's live module is what `live` answers with.
+    """The engines of a training run. `live` answers with the learner's live module.
 
-    Under transformers, that is the policy. With adapters the anchor is the policy's engine without them.
+    With engine hf, `live` is the policy. With adapters, and unless the config names an anchor, the anchor is
+    the policy's engine without them.
     """
     lora_rank = config.learner.lora_rank
     policies = [] if config.model.engine == "hf" else [(config.model, lora_rank)]
@@ -62,7 +63,7 @@ async def open_roles(config: Config, live: HFEngine, secrets: Secrets) -> Engine
 async def _open_all(
     wanted: Sequence[tuple[ModelConfig, int]], secrets: Secrets, learner: int = 0
 ) -> list[Engine]:
-    """All or none: models, each with the rank of the adapters that it takes; `learner`: its bytes."""
+    """Opens an engine for each model and adapter rank, or none if one fails. `learner`: its bytes."""
     share = _gpu_share([model for model, _ in wanted], learner)
     opened: list[Engine] = []
     async with AsyncExitStack() as undo:
@@ -74,19 +75,19 @@ async def _open_all(
 
 
 def refuse_untrainable(config: Config) -> None:
-    """BadInput where the policy's engine cannot be given what the learner makes."""
+    """Raises BadInput when the policy's engine cannot be trained, or the anchor cannot give the KL."""
     if config.model.engine == "openai":
         if config.model.is_chat:
-            raise BadInput("model.server.api: the policy needs its token ids back: tokens")
+            raise BadInput("model.server.api: the policy needs its token ids back; set it to tokens")
         if not config.learner.lora_rank:
-            raise BadInput("learner.lora_rank: servers take new adapters, not new weights: above 0")
+            raise BadInput("learner.lora_rank: servers take new adapters, not new weights; set it above 0")
     anchor = config.anchor or config.model
     if config.learner.kl_coef and anchor.is_chat:
-        raise BadInput("learner.kl_coef: a chat server cannot read the policy's tokens: 0")
+        raise BadInput("learner.kl_coef: a chat server cannot read the policy's tokens; set it to 0")
 
 
 def _api_key(where: str, secrets: Secrets) -> str:
-    """Of no server that asks for one, a word that stands for none: the client would look for its own."""
+    """The API key that `where` names. If empty, a placeholder, because the client would look for its own."""
     kind, _, name = where.partition(":")
     if not where:
         return "none"
@@ -94,12 +95,15 @@ def _api_key(where: str, secrets: Secrets) -> str:
         return os.environ[name]
     if where in secrets:
         return secrets[where]
-    what = "variable in the environment" if kind == "env" else "Secret block to be had here"
+    what = "variable in the environment" if kind == "env" else "Secret block available here"
     raise BadInput(f"server.api_key: {where}: there is no such {what}")
 
 
 def _gpu_share(models: Sequence[ModelConfig], learner: int) -> float | None:
-    """Of each vLLM engine that names none, by the size of the largest; None without a GPU, or without any."""
+    """The share of the GPU for each vLLM engine that names none, sized for the largest of them.
+
+    None without a GPU or without such an engine.
+    """
     served = [model for model in models if model.engine == "vllm" and not model.vllm.gpu_memory]
     if not served or resolve_device(served[0]).type != "cuda":
         return None

@@ -1,4 +1,4 @@
-"""An engine whose words are a Python function's: for tests and dry runs of everything around the models."""
+"""An engine that answers with a Python function, for tests and dry runs of everything around the models."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,10 +9,10 @@ from cat_grpo.records import Completion, Generation, LabelRead, Messages
 
 
 class ScriptedEngine:
-    """Answers `reply(text of the last turn, index of the completion)`; one token per UTF-8 byte, then an end.
+    """Answers `reply(text of the last turn, index of the completion)`: one token per UTF-8 byte, then an end.
 
-    `read` answers label reads with one probability a label; without it the reply itself is read, and a
-    reply that is none of the labels leaves them all at zero. `prompts` keeps what was asked, in order.
+    `read` answers label reads with one probability per label. Without it, the label that equals the reply
+    gets 1 and every other label 0. `prompts` keeps all prompts, in order.
     """
 
     END = 256

@@ -1,4 +1,4 @@
-"""From the learner to an engine with weights of its own, and the proof that they have arrived."""
+"""Sends the learner's weights to an engine that has its own, and checks that they have arrived."""
 
 import asyncio
 import shutil
@@ -16,14 +16,14 @@ from cat_grpo.files import whole
 from cat_grpo.learner.lora import has_adapters
 
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1
-"""Mean gap of a sequence's logprobs, in nats, above what float32 and bfloat16 kernels differ by."""
+"""Mean gap of a sequence's logprobs, in nats, for float32 and bfloat16: more than their kernels differ by."""
 RAM = Path("/dev/shm")
 """Where Linux keeps files in memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A fixed sequence that both are asked for."""
+    """A fixed sequence whose logprobs the learner and the engine both return."""
 
     name: str
     prompt_token_ids: tuple[int, ...]
@@ -31,8 +31,11 @@ class Probe:
 
 
 async def send_weights(model: PreTrainedModel, engine: Engine, dtype: torch.dtype, folder: Path) -> None:
-    """The engine serves what the model has been trained to: adapters by way of `folder`, where they stay for
-    servers that start anew, weights by way of memory, in the engine's dtype, into those that it has."""
+    """Makes the engine serve the model's trained weights.
+
+    Adapters go through `folder` and stay there for servers that are restarted. Without adapters, the weights
+    go through memory in `dtype`, the engine's, and replace the engine's own.
+    """
     if has_adapters(model):
         await asyncio.to_thread(_save_adapters, model, folder)
         await engine.load_weights(folder)
@@ -45,8 +48,10 @@ async def send_weights(model: PreTrainedModel, engine: Engine, dtype: torch.dtyp
 
 
 async def check_sync(learner: Engine, engine: Engine, probes: Sequence[Probe], tolerance: float) -> float:
-    """The largest mean gap between the two on a probe, in nats. SyncError, with the first probe beyond
-    `tolerance` by name, where they do not serve the same weights."""
+    """The largest mean gap between learner and engine on a probe, in nats.
+
+    SyncError when they do not serve the same weights. It names the first probe beyond `tolerance`.
+    """
     asked = [probe.prompt_token_ids for probe in probes], [probe.token_ids for probe in probes]
     ours, theirs = await learner.logprobs(*asked), await engine.logprobs(*asked)
     gaps = [
@@ -63,7 +68,7 @@ async def check_sync(learner: Engine, engine: Engine, probes: Sequence[Probe], t
 
 
 def make_probes(prompts: Sequence[tuple[str, Sequence[int]]]) -> list[Probe]:
-    """Of named prompts in ids: the engine gives the logprobs of their second half, after their first."""
+    """Makes a probe of each named prompt's ids: the logprobs of its second half, given its first."""
     return [Probe(name, tuple(ids[: len(ids) // 2]), tuple(ids[len(ids) // 2 :])) for name, ids in prompts]
 
 
@@ -73,6 +78,6 @@ def _save_adapters(model: Any, folder: Path) -> None:
 
 
 def _memory(model: PreTrainedModel, dtype: torch.dtype) -> Path | None:
-    """A folder in memory, where there is room for the weights; else None, for the temporary files' own."""
+    """The folder in memory if the weights fit there; otherwise None, the default for temporary files."""
     needed = model.num_parameters() * dtype.itemsize
     return RAM if RAM.is_dir() and shutil.disk_usage(RAM).free > 1.1 * needed else None

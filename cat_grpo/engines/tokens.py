@@ -1,4 +1,4 @@
-"""Text to tokens and back, as one model reads it: what every engine that speaks in token ids shares."""
+"""Turns text into one model's tokens and back, for every engine that uses token ids."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ HUB_ID = r"\w[\w.-]*(/\w[\w.-]*)?"
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, able to pad. BadInput when there is none, or it knows no chats."""
+    """The tokenizer of a model, able to pad. BadInput when there is none or it has no chat template."""
     folder = model_folder(path)
     if not (Path(folder).is_dir() or re.fullmatch(HUB_ID, folder)):
         raise BadInput(f"model {path!r}: no such folder")
@@ -32,7 +32,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def readable_model(path: str) -> Iterator[None]:
-    """What the library says of a folder or a name that it cannot read, as one line."""
+    """Turns the library's error about a folder or name that it cannot read into one line of BadInput."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -40,7 +40,7 @@ def readable_model(path: str) -> Iterator[None]:
 
 
 class ChatTokens:
-    """A model's tokenizer and chat template, and which tokens end its turn."""
+    """A model's tokenizer and chat template, and the tokens that end its turn."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int], template_kwargs: dict[str, Any]
@@ -52,7 +52,7 @@ class ChatTokens:
 
     @classmethod
     def of_model(cls, config: ModelConfig) -> "ChatTokens":
-        """Of the folder or hub id, without its weights. BadInput when it has no tokenizer for chats."""
+        """Reads the folder or hub id, but not the weights. BadInput when it has no tokenizer for chats."""
         tokenizer = load_tokenizer(config.path)
         try:
             declared = GenerationConfig.from_pretrained(model_folder(config.path)).eos_token_id
@@ -61,7 +61,7 @@ class ChatTokens:
         return cls(tokenizer, end_of_turn_ids(declared), config.chat_template_kwargs)
 
     def encode(self, messages: Messages) -> list[int]:
-        """Prompt ids. Special tokens in a message are text, not control, and are broken up first."""
+        """The prompt's ids. Special tokens in a message are text, not control, and are broken up first."""
         safe = [{**message, "content": _defuse(message["content"], self._specials)} for message in messages]
         ids: Any = self._tokenizer.apply_chat_template(
             safe, add_generation_prompt=True, return_dict=False, **self._template_kwargs
@@ -69,7 +69,7 @@ class ChatTokens:
         return ids
 
     def completion(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> Completion:
-        """What was sampled, up to the token that ends the turn."""
+        """The sampled completion, up to and including the token that ends the turn."""
         ends = [t for t, token in enumerate(token_ids) if token in self.end_ids]
         length = ends[0] + 1 if ends else len(token_ids)
         text = str(self._tokenizer.decode(list(token_ids[:length]), skip_special_tokens=True))
@@ -78,7 +78,7 @@ class ChatTokens:
         )
 
     def label_ids(self, labels: Sequence[str]) -> list[list[int]]:
-        """The tokens that spell each label whole (yes, Yes, " yes", ...), else the first token of the label.
+        """The tokens that spell each label whole (yes, Yes, " yes", ...), or its first token if none does.
 
         Raises BadInput when two labels begin with the same token.
         """
@@ -92,13 +92,13 @@ class ChatTokens:
         flat = [i for label_ids in ids for i in label_ids]
         if len(set(flat)) < len(flat):
             raise BadInput(
-                f"labels {tuple(labels)} begin with the same token: they cannot be told apart in one"
+                f"labels {tuple(labels)} begin with the same token: one token cannot tell them apart"
             )
         return ids
 
 
 def end_of_turn_ids(declared: int | Sequence[int] | None) -> list[int]:
-    """What a generation config says of the end, as a list."""
+    """The ids that a generation config declares as the end, as a list."""
     if declared is None:
         return []
     return [declared] if isinstance(declared, int) else list(declared)
@@ -111,6 +111,6 @@ def _defuse(text: str, specials: Sequence[str]) -> str:
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """All that the tokenizer reads as control. Its named ones alone may lack the tokens that open a turn."""
+    """All tokens that the tokenizer reads as control. Its named ones may lack those that open a turn."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return sorted({*tokenizer.all_special_tokens, *added})

@@ -1,4 +1,4 @@
-"""vLLM in this process: one continuous batch for all calls, and a prefix cache for what prompts share.
+"""vLLM in this process. All calls share one continuous batch, and a prefix cache keeps what prompts share.
 
 With adapters one engine plays every role: the policy is an adapter, anchor and judge are the bare weights.
 """
@@ -43,12 +43,12 @@ ON_CPU = {
 }
 CPU_ARGS = {
     "enforce_eager": True,
-    "block_size": 32,  # its own 128 keeps short prompts out of the prefix cache
-    # Its seeded sampler takes a draw back after part of a prompt, which PyTorch's CPU generator cannot.
+    "block_size": 32,  # vLLM's own 128 keeps short prompts out of the prefix cache
+    # vLLM's seeded sampler takes back a draw after part of a prompt. PyTorch's CPU generator cannot do that.
     "enable_chunked_prefill": False,
 }
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM makes room for."""
+"""The ranks that vLLM can make room for."""
 
 _request_ids = itertools.count()
 
@@ -57,7 +57,7 @@ class VLLMEngine:
     """One vLLM engine, or the view of it without adapters.
 
     Completion i of a prompt draws from (seed + i). Its logprobs are those of the distribution that it was
-    drawn from: with top-p or top-k, the cut one.
+    drawn from: with top-p or top-k, the truncated one.
     """
 
     def __init__(self, llm: AsyncLLM, tokens: ChatTokens) -> None:
@@ -67,8 +67,8 @@ class VLLMEngine:
 
     @classmethod
     def open(cls, config: ModelConfig, gpu_memory: float | None = None, lora_rank: int = 0) -> "VLLMEngine":
-        """Starts the engine in a child process: some twenty seconds. BadInput for a model or arguments that
-        vLLM refuses. With `lora_rank` it takes adapters up to that rank."""
+        """Starts the engine in a child process, which takes about twenty seconds. With `lora_rank` it takes
+        adapters up to that rank. BadInput for a model or arguments that vLLM refuses."""
         if (Path(model_folder(config.path)) / ADAPTER_WEIGHTS).exists():
             raise BadInput(f"model {config.path!r}: is adapters: cat-grpo export makes a model of them")
         tokens = ChatTokens.of_model(config)
@@ -90,10 +90,10 @@ class VLLMEngine:
         if lora_rank:
             arguments |= {
                 "enable_lora": True,
-                # On the CPU requests without an adapter read the last slot, which must so stay empty.
+                # On the CPU, requests without an adapter read the last slot, so that slot must stay empty.
                 "max_loras": 2 if resolve_device(config).type == "cpu" else 1,
                 "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= lora_rank),
-                # Without the head, which is not trained: its adapter layer cannot read prompts.
+                # The head is left out: it is not trained, and its adapter layer cannot read prompts.
                 "lora_target_modules": adapted_layers(config),
             }
         try:
@@ -103,7 +103,7 @@ class VLLMEngine:
         return cls(llm, tokens)
 
     def without_adapters(self) -> "VLLMEngine":
-        """The bare weights: the same engine, the same batch."""
+        """Returns a view of the bare weights, in the same engine and the same batch."""
         return type(self)(self._llm, self._tokens)
 
     async def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[Generation]:
@@ -137,7 +137,7 @@ class VLLMEngine:
     async def logprobs(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
     ) -> list[tuple[float, ...]]:
-        # One token more is asked for, because vLLM answers nothing to none.
+        # One more token is requested, because vLLM returns nothing when asked for none.
         sampling = _one_token(prompt_logprobs=0)
         rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
         outputs = await self._ask_all((row, sampling) for row in rows)
@@ -156,16 +156,16 @@ class VLLMEngine:
             return
         await self._llm.collective_rpc("receive_weights", args=(str(checkpoint),))
         if not await self._llm.reset_prefix_cache(reset_running_requests=True):
-            raise SyncError("vLLM kept prefixes that it had computed with the weights before")
+            raise SyncError("vLLM kept prefixes in its cache that it had computed with the old weights")
 
     async def close(self) -> None:
-        """Ends the child processes. The other view of the engine may close it, too."""
+        """Ends the child processes. The other view of the engine may close it as well."""
         if self._llm.output_handler:  # it would print their end as a failure
             self._llm.output_handler.cancel()
         await asyncio.to_thread(self._llm.shutdown)
 
     async def _load_adapter(self, checkpoint: Path) -> None:
-        """Under a new id, which has no prefixes in the cache, in the slot of the one before it."""
+        """Loads the adapter in the slot of the last one, under a new id, which has no cached prefixes."""
         number = 1
         if self._adapter:
             await self._llm.remove_lora(self._adapter.lora_int_id)
@@ -185,8 +185,8 @@ class VLLMEngine:
         except VLLMClientError as error:
             raise BadInput(f"vLLM: {error}") from error
         broken = {one.finish_reason for one in output.outputs} - {"stop", "length"}
-        if broken:  # half of a rollout is none
-            raise Stopped(f"vLLM has ended a request before its end: {broken.pop()}")
+        if broken:  # half a completion is useless
+            raise Stopped(f"vLLM cut a request short: {broken.pop()}")
         return output
 
     def _generation(self, output: RequestOutput) -> Generation:
@@ -200,14 +200,14 @@ class VLLMEngine:
 
 
 def _one_token(**told: Any) -> SamplingParams:
-    """The likeliest, and the logprobs that are to be told with it."""
+    """Parameters that ask for the likeliest token and for the logprobs in `told`."""
     return SamplingParams(
         max_tokens=1, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **told
     )
 
 
 def _label_read(output: RequestOutput, label_ids: Sequence[Sequence[int]]) -> LabelRead:
-    """The probability of each label: of all its spellings together."""
+    """The probability of each label, summed over its spellings."""
     told: Any = (output.outputs[0].logprobs or [])[0]
     probabilities = tuple(sum(math.exp(told[i].logprob) for i in ids) for ids in label_ids)
     return LabelRead(
@@ -216,7 +216,7 @@ def _label_read(output: RequestOutput, label_ids: Sequence[Sequence[int]]) -> La
 
 
 def adapted_layers(config: ModelConfig) -> list[str]:
-    """The last names of the model's linear layers but its head: what peft calls `all-linear`."""
+    """The last names of the model's linear layers, except its head: peft's `all-linear`."""
     model = unloaded_model(config.path)
     head = model.get_output_embeddings()
     return sorted(

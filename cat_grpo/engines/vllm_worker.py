@@ -1,4 +1,4 @@
-"""What runs inside vLLM's own processes, beside its worker."""
+"""Runs inside vLLM's own processes, beside its worker."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ class WeightReceiver:
     """A worker extension, as vLLM calls it: its methods become the worker's."""
 
     def receive_weights(self: Any, folder: str) -> None:
-        """The folder's weights into those that are there.
+        """Loads the folder's weights over the present ones.
 
-        vLLM 0.32 on a CPU computes a layer with a packed copy of its weights, and makes new copies for the
-        layers that it reads from the folder: a head that is tied to the embedding is none of them, and would
-        keep the old weights.
+        On a CPU, vLLM 0.32 computes a layer with a packed copy of its weights. It makes new copies only for
+        the layers that it reads from the folder. A head that is tied to the embedding is not among them, and
+        would keep the old weights.
         """
         self.reload_weights(weights_path=folder)
         for layer in self.model_runner.get_model().modules():

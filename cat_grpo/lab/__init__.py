@@ -1,1 +1,1 @@
-"""The lab: a tiny task, corpus and base model that ship with cat_grpo: the whole loop runs anywhere."""
+"""The lab: a tiny task, corpus and base model that ship with cat_grpo, so the whole loop runs anywhere."""

@@ -1,7 +1,7 @@
-"""Builds the lab: tokenizer, base model, problem files. Seeded, and resumable to the same weights.
+"""Builds the lab: tokenizer, base model, problem files. A build is seeded, and resumes to the same weights.
 
-Every step's data are a function of (seed, step, job), so a build that was stopped goes on from its last
-checkpoint as if it had not been.
+Every step's data are a function of (seed, step, job), so a build that was stopped resumes from its last
+checkpoint as if it had never stopped.
 """
 
 import json
@@ -25,16 +25,16 @@ log = logging.getLogger(__name__)
 
 STEPS = 1400
 FIRST_STEPS = 300
-"""Steps on few jobs, until judging has begun: among all of them its one token of a verdict is lost."""
+"""Steps on few jobs, until the model begins to judge. Among all jobs a verdict's one token would be lost."""
 WARM_UP = 20
 FULL_REACH = 100
-"""The step from which on texts have their full length."""
+"""The step from which texts have their full length."""
 MUON_LR = 0.02
 ADAM_LR = 3e-3
 WEIGHTS = {"judge_label": 4.0, "judge_xml": 2.0, "quote": 2.0}
-"""Of a job's loss, where it is not 1: a verdict is one token among many, and left alone it comes late."""
+"""The weight of a job's loss, if not 1. A verdict is one token among many, so it would be learned late."""
 PROMPT_WEIGHT = 0.2
-"""Of the prompts' own tokens while texts are short: rollouts that repeat each other teach copying."""
+"""The weight of the prompts' tokens while texts are short. Rollouts that repeat each other teach copying."""
 SAVE_EVERY = 100
 HOW_ASKED = {
     "prompts": corpus.PROMPT_SET,
@@ -50,7 +50,7 @@ HELD_OUT_PROBLEMS = 200
 
 
 def build_lab(out: Path, seed: int = 0, steps: int = STEPS) -> Path:
-    """Everything that `data/lab` holds, written to `out`. Returns the folder of the model."""
+    """Writes everything that `data/lab` holds to `out`. Returns the folder of the model."""
     out.mkdir(parents=True, exist_ok=True)
     write_problem_files(out)
     tokenizer = train_tokenizer(_tokenizer_texts(seed), VOCAB_SIZE)
@@ -69,7 +69,7 @@ def build_lab(out: Path, seed: int = 0, steps: int = STEPS) -> Path:
 
 
 def write_problem_files(out: Path) -> None:
-    """Unlabelled training problems and labelled held-out ones, one folder a family."""
+    """Writes unlabelled training problems and labelled held-out ones, one folder per family."""
     for kind in ("verifiable", "open"):
         train = problems.labelled_rows(kind, TRAIN_PROBLEMS, seed=0, held_out=False)
         problems.write_problems(problems.unlabelled(train), out / kind / "train.jsonl")
@@ -78,7 +78,7 @@ def write_problem_files(out: Path) -> None:
 
 
 def base_model(vocab_size: int, eos_token_id: int, pad_token_id: int) -> LlamaForCausalLM:
-    """The architecture, with fresh weights."""
+    """The base model's architecture, with fresh weights."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=128,
@@ -100,7 +100,7 @@ def base_model(vocab_size: int, eos_token_id: int, pad_token_id: int) -> LlamaFo
 def train_base(
     tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, checkpoint: Path
 ) -> LlamaForCausalLM:
-    """Next-token training on the corpus, on the completions above all."""
+    """Trains the base model to predict the corpus's next tokens, above all those of the completions."""
     torch.manual_seed(seed)
     model = base_model(len(tokenizer), *_token_ids(tokenizer, END, PAD))
     muon, adam = _optimizers(model)
@@ -140,12 +140,12 @@ def decay(step: int) -> float:
 
 
 def reach_at(step: int) -> float:
-    """How long the texts may be, from a fifth of their full length on."""
+    """The length that texts may have at a step, as a share of the full length: from a fifth up to 1."""
     return min(1.0, 0.2 + 0.8 * step / FULL_REACH)
 
 
 def _optimizers(model: LlamaForCausalLM) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the rest: AdamW alone takes 900 steps to judge."""
+    """Muon for the layers' matrices, AdamW for the rest. AdamW alone takes 900 steps to learn to judge."""
     layers = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     rest = [model.lm_head.weight, *(weight for weight in model.parameters() if weight.ndim == 1)]
     return (
@@ -174,7 +174,7 @@ def _cross_entropy(model: LlamaForCausalLM, hidden: Tensor, targets: Tensor, cho
 def job_batches(
     tokenizer: PreTrainedTokenizerFast, seed: int, step: int
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """The rows of one step, a batch per job: ids and which of them are completion, both (B, T)."""
+    """Yields each job's batch of one step: ids, and which of them are completion, both (B, T)."""
     for job, rows in (corpus.FIRST_JOBS if step < FIRST_STEPS else corpus.JOBS).items():
         rng = random.Random(f"{seed} {step} {job.__name__}")
         size = corpus.draw_size(rng, reach_at(step))
@@ -183,7 +183,7 @@ def job_batches(
 
 
 def padded(dialogues: Sequence[corpus.Dialogue], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
-    """Dialogues as right-padded ids, and which of them the model is to write: both (B, T)."""
+    """Dialogues as right-padded ids, and which of them the model has to write: both (B, T)."""
     rows = [_encode(dialogue, tokenizer) for dialogue in dialogues]
     length = max(len(ids) for ids, _ in rows)
     (pad,) = _token_ids(tokenizer, PAD)

@@ -1,9 +1,9 @@
-"""What the lab's base model learns from: (prompt, completion) pairs for its four jobs, made on the fly.
+"""The data of the lab's base model: (prompt, completion) pairs for its four jobs, made on the fly.
 
 Solving is shown with slips, so that the base model knows the task and is noisy at it. Synthesis, rubrics
-and judging are shown without any: they must be reliable, unbiased readers. Synthesis data is made of random
-values and random points, never of a solvable question, so the anchor learns to read rollouts and not to
-solve again: an anchor that solves again teaches its own systematic mistakes.
+and judging are shown without slips, because they must be reliable and unbiased. Synthesis data is made of
+random values and random points, never of a solvable question, so the anchor learns to read rollouts and not
+to solve again. An anchor that solves again would teach its own systematic mistakes.
 
 The rows of one batch share their size, so that little of it is padding.
 """
@@ -30,15 +30,15 @@ TEMPLATES = (
 SLIP_RATE = 0.28
 """How often a solving demonstration gets one sum wrong."""
 RIVAL_RATE = 0.3
-"""How often a wrong value in a synthesis is one that other rollouts share: votes must be counted."""
+"""How often a wrong value in a synthesis is one that other rollouts share, so that votes must be counted."""
 READ_VALUES = range(20, 79)
-"""What a rollout may answer: wider than sums are, so that reading a synthesis is not knowing."""
+"""The values that a rollout may answer. They range wider than sums do, so the anchor must read them."""
 KEEP_RATE = 0.72
 """How often a solving demonstration makes a needed point."""
 STRAY_RATES = (0.45, 0.35, 0.15, 0.05)
-"""How often it makes 0, 1, 2 or 3 points that nobody needs."""
+"""How often such a demonstration makes 0, 1, 2 or 3 points that nobody needs."""
 REPEATS = (0, 0, 0, 1, 2, 4)
-"""How many times a note in a synthesis makes a point again, which is no vote: policies come to repeat."""
+"""How many times a note in a synthesis repeats a point, because policies do so. A repeat is no vote."""
 QUORUM = 1 / 4
 """The share of the notes that must make a point for the synthesis to make it."""
 JUDGE_TURNS = 6
@@ -62,7 +62,7 @@ Job = Callable[[random.Random, Size], Dialogue]
 
 
 def draw_size(rng: random.Random, reach: float) -> Size:
-    """Groups of 1 to 16 rollouts, notes of up to 10 points; less while `reach`, in (0, 1], is small."""
+    """Draws groups of 1 to 16 rollouts, notes of up to 10 points, less while `reach` in (0, 1] is small."""
     group = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8, 12, 16))
     points = rng.choice((4, 6, 8, 10))
     return Size(max(1, round(group * reach)), max(2, round(points * reach)))
@@ -74,12 +74,12 @@ def boxed(values: Sequence[int]) -> str:
 
 
 def note(points: Sequence[str], rng: random.Random) -> str:
-    """A rollout of the open family: one plain sentence a point, opened in any way."""
+    """A rollout of the open family: one plain sentence per point, each with a random opener."""
     return " ".join(f"{rng.choice(OPENERS)}, {point}." for point in points)
 
 
 def reference_note(points: Sequence[str]) -> str:
-    """A reference of the open family: the same, opened in one way."""
+    """A reference of the open family: the same, with fixed openers."""
     return " ".join(f"{OPENERS[i > 0]}, {point}." for i, point in enumerate(points))
 
 
@@ -97,14 +97,14 @@ def slip(value: int, rng: random.Random) -> int:
 
 
 def solve_verifiable(rng: random.Random, size: Size) -> Dialogue:
-    """Sums that are wrong independently of each other."""
+    """A question and its sums, each wrong independently of the others."""
     pairs = lab.draw_pairs(rng, held_out=False)
     values = [slip(a + b, rng) for a, b in pairs]
     return [(render(PROMPT_SET, "solve_verifiable", question=lab.sums_question(pairs)), boxed(values))]
 
 
 def solve_open(rng: random.Random, size: Size) -> Dialogue:
-    """Needed points, not all of them, complaint by complaint and each once; strays among them."""
+    """A question and a note: most needed points, once each, complaint by complaint, with strays between."""
     complaints = lab.draw_complaints(rng, held_out=False)
     points = []
     for complaint in complaints:
@@ -158,23 +158,23 @@ def synthesize_open(rng: random.Random, size: Size) -> Dialogue:
 
 
 def propose_rubric(rng: random.Random, size: Size) -> Dialogue:
-    """Any reference; one criterion for each of its points, in its order."""
+    """A random reference, and one criterion for each of its points, in the reference's order."""
     points = rng.sample(lab.POINTS, rng.randint(2, size.points))
     return [(render(PROMPT_SET, "propose_rubric", reference=note(points, rng)), rubric_xml(points))]
 
 
 def judge_label(rng: random.Random, size: Size) -> Dialogue:
-    """Criteria on one note, half of them satisfied; only the first turn is how a judge is asked in a run."""
+    """Criteria on one note, half of them satisfied. A run asks its judge only as the first turn does."""
     return _judgements(rng, size, "judge_label", ("yes", "no"))
 
 
 def judge_xml(rng: random.Random, size: Size) -> Dialogue:
-    """The same, the verdict written as XML."""
+    """The same, with the verdict written as XML."""
     return _judgements(rng, size, "judge_xml", ("<verdict>yes</verdict>", "<verdict>no</verdict>"))
 
 
 def quote(rng: random.Random, size: Size) -> Dialogue:
-    """The sentence that makes a point, or `no`. Not a job of a run: it teaches to find, as a judge must."""
+    """The sentence that makes a point, or `no`. No run asks for it; it teaches finding, as a judge must."""
     points, text, asked = _asked_points(rng, size)
     sentences = dict(zip(points, (f"{sentence}." for sentence in text.rstrip(".").split(". ")), strict=True))
     turns = [turn.replace("Answer yes or no.", "Quote.") for turn in _turns("judge_label", text, asked)]
@@ -188,7 +188,7 @@ FIRST_JOBS: dict[Job, int] = {
     judge_label: 24,
     quote: 24,
 }
-"""Rows of each job in one training step at first, at groups of eight: above all what needs a point found."""
+"""Rows of each job in an early training step, at groups of eight: mainly jobs where a point must be found."""
 JOBS: dict[Job, int] = {
     solve_verifiable: 48,
     solve_open: 32,
@@ -199,11 +199,11 @@ JOBS: dict[Job, int] = {
     judge_xml: 4,
     quote: 4,
 }
-"""The same, afterwards."""
+"""The same for later steps."""
 
 
 def sized_rows(job: Job, rows: int, size: Size) -> int:
-    """Fewer rows of larger groups: a step costs about the same whatever its size."""
+    """Returns fewer rows for larger groups, so that a step costs about the same whatever its size."""
     return rows * 8 // max(4, size.group) if job in (synthesize_verifiable, synthesize_open) else rows
 
 
@@ -214,7 +214,7 @@ def _judgements(rng: random.Random, size: Size, template: str, answers: tuple[st
 
 
 def _asked_points(rng: random.Random, size: Size) -> tuple[list[str], str, list[str]]:
-    """The points of a note, its text, and points to ask it for: half of them are in it."""
+    """The points of a note, its text, and the points to ask about: the note makes half of them."""
     complaints = rng.sample(list(lab.CARE), 4)
     pool = list(dict.fromkeys(lab.needed_points(complaints) + rng.sample(lab.POINTS, 4)))
     points = rng.sample(pool, rng.randint(1, min(size.points, 8)))
@@ -224,13 +224,14 @@ def _asked_points(rng: random.Random, size: Size) -> tuple[list[str], str, list[
         satisfied = rng.random() < 0.5
         # A near miss comes from the same complaints: the judge must read the point, not the topic.
         near = [point for point in pool if point not in points] if rng.random() < 0.5 else []
-        missing = near or [point for point in lab.POINTS if point not in points]  # the note may make all near
+        # The note may make all points of the pool. Then no near miss is left.
+        missing = near or [point for point in lab.POINTS if point not in points]
         asked.append(rng.choice(points if satisfied else missing))
     return points, text, asked
 
 
 def _turns(template: str, text: str, points: Sequence[str]) -> list[str]:
-    """A prompt per point. The note stands in the first; a later one asks the same of it again."""
+    """One prompt per point. The first contains the note; each later one only asks for another point."""
     prompts = [
         render(PROMPT_SET, template, rollout=text, criterion=f"The note says: {point}.") for point in points
     ]

@@ -5,8 +5,8 @@ a reader of several rollouts can be right where none of them was.
 *open*: a care note for three complaints. Each complaint has two points that a good note makes; there is no
 single right wording. The advice is a toy, not medicine.
 
-A question belongs to the training or to the held-out side by a hash of its content: the two never meet,
-whatever the seed.
+A hash of its content puts a question on the training or the held-out side, so the two never overlap, whatever
+the seed.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from cat_grpo.records import Kind
 
 NUM_SUMS = 4
 OPERANDS = (range(10, 40), (10, 20))
-"""What the left and the right side of a sum are drawn from."""
+"""The numbers from which the left and the right side of a sum are drawn."""
 CARE = {
     "cough": ("drink warm water", "use honey syrup"),
     "sore throat": ("gargle salt water", "rest the voice"),
@@ -51,7 +51,7 @@ def sums_question(pairs: Sequence[tuple[int, int]]) -> str:
 
 
 def sums_answer(sums: Sequence[int]) -> str:
-    """What the box of a right rollout holds."""
+    """The content of the box of a right rollout."""
     return ", ".join(map(str, sums))
 
 
@@ -66,13 +66,13 @@ def needed_points(complaints: Sequence[str]) -> list[str]:
 
 
 def is_held_out(content: object) -> bool:
-    """The side of a question's content (operand pairs; the set of complaints), the same on every machine."""
+    """Returns whether content (operand pairs; the set of complaints) is held out, the same on any machine."""
     digest = hashlib.sha256(repr(content).encode()).digest()
     return digest[0] / 256 < HELD_OUT_SHARE
 
 
 def draw_pairs(rng: random.Random, held_out: bool) -> tuple[tuple[int, int], ...]:
-    """The operands of one verifiable problem of the asked side."""
+    """Draws the operands of one verifiable problem of the asked side."""
     while True:
         pairs = tuple((rng.choice(OPERANDS[0]), rng.choice(OPERANDS[1])) for _ in range(NUM_SUMS))
         if is_held_out(pairs) == held_out:
@@ -80,7 +80,7 @@ def draw_pairs(rng: random.Random, held_out: bool) -> tuple[tuple[int, int], ...
 
 
 def draw_complaints(rng: random.Random, held_out: bool) -> tuple[str, ...]:
-    """The complaints of one open problem of the asked side; their order does not decide the side."""
+    """Draws the complaints of one open problem of the asked side. Their order does not decide the side."""
     while True:
         complaints = tuple(rng.sample(list(CARE), NUM_COMPLAINTS))
         if is_held_out(sorted(complaints)) == held_out:
@@ -116,6 +116,6 @@ def unlabelled(rows: Sequence[dict]) -> list[dict]:
 
 
 def write_problems(rows: Sequence[dict], path: Path) -> None:
-    """The rows as JSON lines."""
+    """Writes the rows as JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

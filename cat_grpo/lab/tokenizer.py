@@ -1,7 +1,7 @@
 """A byte-level BPE tokenizer trained on the lab's corpus.
 
 Numbers are tokens of up to three digits. A run of words between punctuation marks is one piece, so that the
-phrases of the templates and the points of the notes become one token each: sequences stay short on a CPU.
+phrases of the templates and the points of the notes become one token each. Sequences stay short on a CPU.
 """
 
 from collections.abc import Iterable

@@ -8,10 +8,10 @@ if TYPE_CHECKING:
 
 
 class TrainsPolicy(Protocol):
-    """What a run asks of its learner."""
+    """The methods that a run needs of its learner."""
 
     model: Any
-    """The live module, which engines may share: it has the new weights after every update."""
+    """The live module, which engines may share. It has the new weights after every update."""
 
     def update(self, batch: "Batch") -> dict[str, float]:
         """Makes the step's optimizer updates and returns their figures."""
@@ -22,9 +22,9 @@ class TrainsPolicy(Protocol):
         ...
 
     def restore(self, folder: Path) -> None:
-        """Takes back what `save` wrote there, bit for bit."""
+        """Restores what `save` wrote there, bit for bit."""
         ...
 
     def close(self) -> None:
-        """Gives processes and devices back."""
+        """Frees processes and devices."""
         ...

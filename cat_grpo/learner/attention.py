@@ -1,7 +1,7 @@
-"""Attention over packed rollouts: the prompt of a group stands once, and each of its rollouts reads it.
+"""Attention over packed rollouts: a group's prompt is stored once, and each of its rollouts reads it.
 
 A packed row is a list of spans of tokens. A token sees what comes before it in its own span and in the
-span's prompt, and nothing else: causal attention of each rollout by itself, over all or through a window.
+span's prompt, and nothing else. So each rollout has its own causal attention, full or through a window.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,16 +23,16 @@ PACKED = "cat_grpo_packed"
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """Spans of one packed row that are attended to in one call: prompts, or all rollouts of one prompt."""
+    """Spans of one packed row that one attention call handles: prompts, or all rollouts of one prompt."""
 
     prompt: slice
-    """The tokens that all of them see; empty for prompts."""
+    """The tokens that all these spans see; empty for prompts."""
     index: Tensor
-    """(S, C): where the tokens of each span are, filled up by its last."""
+    """(S, C): the places of each span's tokens, padded with its last place."""
     filled: Tensor
-    """(tokens,): the places in the flat index that do not only fill up."""
+    """(tokens,): the places in the flat index that are not padding."""
     visible: Tensor
-    """(C, prompt + C): True where a token of the span may look, back."""
+    """(C, prompt + C): True where a token of the span may look."""
 
     @classmethod
     def of(cls, starts: Sequence[int], lengths: Sequence[int], prompt: slice = slice(0, 0)) -> "Spans":
@@ -61,15 +61,15 @@ class Layout:
     tokens: Tensor
     """(T,): the tokens of the spans, end to end."""
     order: Tensor
-    """(T,): where each token is among those."""
+    """(T,): the place of each token in `tokens`."""
     keys: Tensor
-    """(K,): the tokens that each span's may look at, end to end: its prompt's, and its own."""
+    """(K,): the tokens that each span may look at, end to end: its prompt's, then its own."""
     token_ends: Tensor
     """(spans + 1,) int32: where each span ends among the tokens, after a 0."""
     key_ends: Tensor
     """(spans + 1,) int32: where each span ends among the keys, after a 0."""
     longest: tuple[int, int]
-    """The most tokens, and the most keys, of one span."""
+    """The largest number of tokens, and of keys, in one span."""
 
     @classmethod
     def of(cls, spans: Sequence[Spans]) -> "Layout":
@@ -112,8 +112,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """(1, heads, T, d), (1, kv_heads, T, d) twice -> (1, T, heads, d).
 
-    What fills a span up comes after all of its tokens, so a causal mask hides it from them. BadInput for
-    attention that caps its logits.
+    Padding comes after all tokens of a span, so the causal mask hides it from them. BadInput for attention
+    that caps its logits.
     """
     if softcap is not None:
         raise BadInput(f"{type(module).__name__} caps its logits: it cannot be packed")
@@ -133,7 +133,7 @@ def _has_flash(query: Tensor) -> bool:
 def _flash(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None
 ) -> Tensor:
-    """All spans in one call, without padding: (T, heads, d) each -> the spans' tokens, end to end."""
+    """Handles all spans in one call, without padding: (T, heads, d) each -> the spans' tokens, end to end."""
     attended: Any = varlen_attn(
         query[layout.tokens],
         key[layout.keys],
@@ -151,7 +151,7 @@ def _flash(
 def _masked(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None
 ) -> Tensor:
-    """The same, a call for the prompts and one for each prompt's rollouts, padded to the longest of them."""
+    """Does the same with padding: one call for the prompts, and one for each prompt's rollouts."""
     outputs = []
     for part in layout.spans:
         index = part.index
@@ -173,14 +173,14 @@ def _with_prompt(values: Tensor, prompt: slice, index: Tensor) -> Tensor:
 
 
 def _through(part: Spans, window: int | None) -> Tensor:
-    """What is visible less than `window` back."""
+    """The mask of what is visible and less than `window` tokens back."""
     shared = part.prompt.stop - part.prompt.start
     return part.visible if window is None else part.visible.triu(shared - window + 1)
 
 
 @contextmanager
 def packed(model: Any) -> Iterator[None]:
-    """The model's own attention is replaced for as long as this lasts."""
+    """Replaces the model's own attention inside the `with` block."""
     usual = model.config._attn_implementation
     model.set_attn_implementation(PACKED)
     try:

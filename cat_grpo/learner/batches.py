@@ -30,21 +30,21 @@ class TrainingRow:
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    """The engine's own, at the sampling temperature."""
+    """The engine's logprobs, at the sampling temperature."""
     advantage: float
     weight: float
-    """What each of its tokens counts for in the loss of the step."""
+    """How much each of its tokens counts in the loss of the step."""
     anchor_logprobs: tuple[float, ...] = ()
-    """Only where the KL is part of the loss."""
+    """Empty unless the KL is part of the loss."""
 
     def __post_init__(self) -> None:
         num_tokens, num_logprobs, num_anchor = map(len, (self.token_ids, self.logprobs, self.anchor_logprobs))
         if num_tokens != num_logprobs or (num_anchor and num_tokens != num_anchor):
-            raise ValueError(f"{num_tokens} tokens, {num_logprobs} logprobs, {num_anchor} of the anchor")
+            raise ValueError(f"{num_tokens} tokens, {num_logprobs} logprobs, {num_anchor} anchor logprobs")
 
 
 Pack = dict[tuple[int, ...], list[TrainingRow]]
-"""The rollouts of one micro-batch, by their prompts."""
+"""The rollouts of one micro-batch, by prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +61,15 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rollouts end to end, T tokens, each prompt once ahead of all its rollouts; N of the tokens are trained.
+    """Rollouts end to end: T tokens, with each prompt once, before its rollouts. N tokens are trained.
 
-    A rollout's last token predicts nothing and is not among the T; its first is predicted by its prompt.
+    A rollout's last token predicts nothing, so it is not among the T. Its prompt predicts its first token.
     """
 
     input_ids: Tensor
     """(1, T)."""
     position_ids: Tensor
-    """(1, T), each rollout's as if it stood behind its prompt alone."""
+    """(1, T). Each rollout's positions continue its prompt's, as if it were the only one."""
     layout: Layout
     predictors: Tensor
     """(N,): the place among the T whose hidden state predicts the token."""
@@ -86,7 +86,7 @@ class MicroBatch:
     anchor_logprobs: Tensor
     """(N,), or (0,) where the KL is not part of the loss."""
     is_idle: bool = False
-    """Computed with for the sake of other ranks, which compute in step: its weights are 0."""
+    """True when a rank computes it, with weights of 0, only to keep in step with the other ranks."""
 
     def idle(self) -> "MicroBatch":
         return replace(self, weights=torch.zeros_like(self.weights), is_idle=True)
@@ -99,7 +99,7 @@ class MicroBatch:
 def total_rewards(rewarded: Sequence[RewardedGroup], kl: Sequence[Sequence[float]], kl_coef: float) -> Tensor:
     """reward - penalty - kl_coef * KL of each rollout: (P, G), float64, NaN where it could not be judged.
 
-    `kl` has one estimate per rollout, in the groups' order; where it is empty, none is subtracted.
+    `kl` has one estimate per rollout, in the groups' order. When it is empty, no KL is subtracted.
     """
     return torch.tensor(
         [
@@ -140,10 +140,10 @@ def make_batch(
     max_tokens: int,
     anchor_logprobs: Sequence[Sequence[tuple[float, ...]]] = (),
 ) -> Batch:
-    """The rollouts with a reward, each with its advantage and what its tokens count for.
+    """The rollouts with a reward, each with its advantage and the weight of its tokens.
 
-    `advantages` is (P, G). `max_tokens` is the most that a rollout may have. `anchor_logprobs` are those of
-    each rollout, in the groups' order, where the KL is part of the loss.
+    `advantages` is (P, G). `max_tokens` is the most tokens that a rollout may have. `anchor_logprobs` has an
+    entry per rollout, in the groups' order. It is empty unless the KL is part of the loss.
     """
     rows = [
         TrainingRow(
@@ -168,12 +168,12 @@ def make_batch(
 
 
 def micro_batches(rows: Sequence[TrainingRow], max_tokens: int) -> Iterator[MicroBatch]:
-    """The rows in packs of at most `max_tokens` tokens. BadInput for a row that is longer than that."""
+    """Yields the rows in packs of at most `max_tokens` tokens. BadInput for a row longer than that."""
     return map(_pack, packs(rows, max_tokens))
 
 
 def packs(rows: Sequence[TrainingRow], max_tokens: int) -> Iterator[Pack]:
-    """Which rows make a micro-batch, those of one prompt together. BadInput as of `micro_batches`."""
+    """Yields the rows of each micro-batch, those of one prompt together. BadInput as in `micro_batches`."""
     groups: Pack = {}
     for row in rows:
         groups.setdefault(row.prompt_token_ids, []).append(row)
@@ -187,7 +187,7 @@ def packs(rows: Sequence[TrainingRow], max_tokens: int) -> Iterator[Pack]:
         for row in members:
             if len(prompt) + _own_length(row) > max_tokens:
                 raise BadInput(
-                    f"learner.micro_batch_tokens: {max_tokens} holds no rollout of "
+                    f"learner.micro_batch_tokens: {max_tokens} is too small for a rollout of "
                     f"{len(prompt)} + {len(row.token_ids)} tokens"
                 )
             if size + _own_length(row) + (0 if prompt in pack else len(prompt)) > max_tokens:

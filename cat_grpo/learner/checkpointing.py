@@ -1,4 +1,4 @@
-"""What a backward pass keeps of its forward pass, and how to keep less: gradient checkpointing."""
+"""Gradient checkpointing: makes a forward pass keep less for its backward pass, and measures how much."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -15,15 +15,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from cat_grpo.errors import BadInput
 
 OPTIMIZER_BYTES = 12
-"""A trained weight's gradient and AdamW's two moments, in float32."""
+"""Bytes per trained weight: its gradient and AdamW's two moments, in float32."""
 
 
 @contextmanager
 def layer_inputs_only(model: PreTrainedModel) -> Iterator[None]:
-    """For as long as this lasts only the layers' inputs are kept, and the rest computed again when needed.
+    """Keeps only the layers' inputs inside the `with` block, and computes the rest again when it is needed.
 
-    transformers' own switch would put the layers into training mode, which turns dropout on and, in an
-    engine that shares the model, the cache off. BadInput for a model without such layers.
+    transformers' own switch would put the layers into training mode. That turns dropout on and, in an engine
+    that shares the model, turns the cache off. BadInput for a model without such layers.
     """
     layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
@@ -38,7 +38,7 @@ def layer_inputs_only(model: PreTrainedModel) -> Iterator[None]:
 
 
 def kept_bytes(model: PreTrainedModel, forward: Callable[[], object]) -> int:
-    """The memory of the tensors that `forward` keeps for its backward pass, the weights left out."""
+    """The bytes of the tensors that `forward` keeps for its backward pass, without the weights."""
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -49,19 +49,19 @@ def kept_bytes(model: PreTrainedModel, forward: Callable[[], object]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        output = forward()  # holds what is kept until it is counted
+        output = forward()  # keeps the tensors alive until they are counted
     del output
     return sum(kept.values())
 
 
 def free_cached_memory() -> None:
-    """Gives a GPU's memory that torch only keeps for later back, for other processes."""
+    """Frees the GPU memory that torch only keeps for later, so that other processes can use it."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a new tensor could have: of a GPU what is free, of a CPU half of what the machine has."""
+    """The bytes that new tensors could use: a GPU's free memory, or half of the machine's memory on a CPU."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

@@ -1,7 +1,7 @@
 """The mathematics of GRPO as pure functions of tensors.
 
-Shapes  P problems, G rollouts per problem; S sequences; N the completions' tokens of all of them, end to end,
-        without padding; V vocabulary. `row` (N,) is the sequence, 0 to S - 1, that each token belongs to.
+Shapes  P problems, G rollouts per problem; S sequences; N tokens of all completions, end to end, without
+        padding; V vocabulary. `row` (N,) is the sequence, 0 to S - 1, that each token belongs to.
 Units   logprobs, KL and entropy are in nats; rewards lie in [0, 1]; advantages have no unit.
 Papers  GRPO arXiv:2402.03300; CaT arXiv:2509.14234v3 (eq. 5 to 8); Dr. GRPO arXiv:2503.20783;
         DAPO arXiv:2503.14476; GSPO arXiv:2507.18071; CISPO arXiv:2506.13585; k1 in the reward
@@ -41,7 +41,7 @@ def group_advantages(rewards: Tensor, scale: Scale = "group") -> Tensor:
     """
     if rewards.ndim != 2 or not rewards.numel():
         raise ValueError(f"rewards must be (problems, rollouts), got shape {tuple(rewards.shape)}")
-    # In float32 equal rewards such as 5/7 do not cancel, and the division would make signal of the rounding.
+    # In float32 equal rewards such as 5/7 do not cancel, and the division would turn rounding into signal.
     rewards = rewards.double()
     present = ~rewards.isnan()
     counts = present.sum(dim=1, keepdim=True)
@@ -72,7 +72,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) 
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """A sum over the vocabulary is not taken in half precision."""
+    """Returns half precision as float32, because it is too coarse for a sum over the vocabulary."""
     return values if values.dtype == torch.float64 else values.float()
 
 
@@ -115,7 +115,7 @@ def clipped_surrogate(
 def cispo_surrogate(
     ratio: Tensor, logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
 ) -> Tensor:
-    """sg(min(rho, 1 + clip_high)) A log pi (CISPO eq. 4, without its lower clip, as there): (N,) -> (N,).
+    """sg(min(rho, 1 + clip_high)) A log pi (CISPO eq. 4; like the paper, no lower clip): (N,) -> (N,).
 
     No token loses its gradient; the clip only bounds its weight.
     """
@@ -134,13 +134,13 @@ def is_capped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: flo
     return ratio > 1 + clip_high
 
 
-# What a token counts for. `lengths` (S,) are those of all sequences of the step, or of a part of it.
+# How much a token counts. `lengths` (S,) are the lengths of all sequences of the step, or of a part of it.
 
 
 def sequence_mean_weights(lengths: Tensor, num_sequences: int) -> Tensor:
     """1 / (|o_i| * num_sequences): the mean over sequences of their means (GRPO, CaT eq. 6): (S,) -> (S,).
 
-    num_sequences is the count of the whole step, those without signal too.
+    num_sequences counts all sequences of the step, also those without signal.
     """
     return 1.0 / (lengths.double().clamp(min=1) * num_sequences)
 
@@ -159,7 +159,7 @@ def constant_weights(lengths: Tensor, num_sequences: int, max_tokens: int) -> Te
 
 
 def no_importance(old_logprobs: Tensor, sampling_logprobs: Tensor, row: Tensor, cap: float) -> Tensor:
-    """1 for each token: the engine is taken for the learner."""
+    """1 for each token: the engine's logprobs are taken for the learner's."""
     del sampling_logprobs, row, cap
     return torch.ones_like(old_logprobs)
 
@@ -171,7 +171,7 @@ def token_importance(old_logprobs: Tensor, sampling_logprobs: Tensor, row: Tenso
 
 
 def sequence_importance(old_logprobs: Tensor, sampling_logprobs: Tensor, row: Tensor, cap: float) -> Tensor:
-    """The product over a sequence's tokens, capped, at each of them: (N,) three times -> (N,)."""
+    """The product of a sequence's token ratios, capped, at each of its tokens: (N,) three times -> (N,)."""
     log_ratio = (old_logprobs - sampling_logprobs).detach()
     return _sums(log_ratio, row).exp().clamp(max=cap)[row]
 
@@ -182,8 +182,8 @@ def sequence_importance(old_logprobs: Tensor, sampling_logprobs: Tensor, row: Te
 def k1_kl(logprobs: Tensor, anchor_logprobs: Tensor) -> Tensor:
     """log pi_theta - log pi_0 per token: any shape -> the same.
 
-    Unbiased, and of either sign. Summed over a rollout and subtracted from its reward it has the gradient
-    of the reverse KL; put into the loss its expected gradient is zero.
+    It is unbiased and has either sign. Summed over a rollout and subtracted from its reward, it has the
+    gradient of the reverse KL. In the loss, its expected gradient is zero.
     """
     return logprobs - anchor_logprobs
 
@@ -218,7 +218,7 @@ def policy_loss(
 ) -> Tensor:
     """-sum_t weight_t * (importance_t * surrogate_t - kl_t), to be minimised: (N,) each -> ().
 
-    `kl` comes with its coefficient. Summed over the parts of a step, this is the loss of the step.
+    `kl` is already multiplied by its coefficient. Summed over the parts of a step, this is the step's loss.
     ValueError for shapes that differ, and for no tokens at all.
     """
     shapes = [tuple(values.shape) for values in (logprobs, old_logprobs, advantages, weights, row)]

@@ -23,7 +23,7 @@ from cat_grpo.learner.lm_head import head_bytes, head_logprobs, head_loss
 from cat_grpo.learner.lora import ADAPTER_WEIGHTS, load_adapters
 
 OPTIMIZER = "optimizer.pt"
-"""The file of a checkpoint that has the optimizer's state."""
+"""The file in a checkpoint that holds the optimizer's state."""
 RATIOS = {"token": grpo.token_ratio, "sequence": grpo.sequence_ratio}
 SURROGATES = {"clipped": grpo.clipped_surrogate, "cispo": grpo.cispo_surrogate}
 IS_CLIPPED = {"clipped": grpo.is_clipped, "cispo": grpo.is_capped}
@@ -34,15 +34,15 @@ IMPORTANCE = {
 }
 
 PACKING_TOLERANCE, HALF_PACKING_TOLERANCE = 1e-2, 0.25
-"""In nats: above the rounding of float32 and of bfloat16, below what another attention or head makes."""
+"""In nats: above the rounding of float32 and of bfloat16, below the gap from another attention or head."""
 
 
 class NotFiniteError(Stopped):
-    """The loss or the gradient is not finite: the update was not made, the weights are as before it."""
+    """The loss or the gradient is not finite. The update was not made, so the weights have not changed."""
 
 
 class Learner:
-    """AdamW on a model's weights that are not frozen: in float32, whatever dtype it computes in."""
+    """Trains a model's unfrozen weights with AdamW, in float32 whatever dtype the model computes in."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Learner:
         )
 
     def update(self, batch: Batch) -> dict[str, float]:
-        """`updates_per_step` optimizer updates on the batch; the metrics are means over them.
+        """Makes `updates_per_step` optimizer updates on the batch. The metrics are means over them.
 
         Raises NotFiniteError before an update that would spoil the weights, ValueError for a batch without
         rows, and BadInput for a row that fits into no micro-batch or has tokens that the model lacks.
@@ -79,7 +79,7 @@ class Learner:
         if not rows:
             return metrics
         chunks = [chunk.to(self.model.device) for chunk in self._chunks(rows)]
-        # The policy before the step is the policy of the first forward pass: it needs none of its own.
+        # The first forward pass computes the policy before the step, so that policy needs no extra pass.
         old_logprobs: list[Tensor | None] = [None] * len(chunks)
         updates = []
         memory = layer_inputs_only(self.model) if self._layer_inputs_only else nullcontext()
@@ -93,12 +93,12 @@ class Learner:
         return metrics | {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
 
     def save(self, folder: Path) -> None:
-        """What is trained, for `from_pretrained`, and the optimizer's state."""
+        """Writes what is trained, for `from_pretrained`, and the optimizer's state."""
         self.model.save_pretrained(folder)
         torch.save(self._optimizer.state_dict(), folder / OPTIMIZER)
 
     def restore(self, folder: Path) -> None:
-        """What `save` has left there, bit for bit."""
+        """Restores what `save` wrote there, bit for bit."""
         if (folder / ADAPTER_WEIGHTS).exists():
             load_adapters(self.model, folder)
         else:
@@ -107,22 +107,22 @@ class Learner:
         self._optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location=self.model.device))
 
     def close(self) -> None:
-        """Nothing here; a learner on many ranks ends them."""
+        """Does nothing here. A learner on many ranks ends them."""
 
     def _prepare(self) -> None:
-        """For the model that is to be trained; after it the optimizer takes its weights."""
+        """Prepares the model before the optimizer takes its weights. Does nothing here."""
 
     def _chunks(self, rows: Sequence[TrainingRow]) -> list[MicroBatch]:
         return list(micro_batches(rows, self._config.micro_batch_tokens))
 
     def _total(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of all ranks, of which there is one."""
+        """Returns the sums over all ranks. Here there is only one."""
         return sums
 
     def _update_once(
         self, chunks: Sequence[MicroBatch], old_logprobs: Sequence[Tensor | None]
     ) -> tuple[dict[str, float], list[Tensor]]:
-        """Metrics of one optimizer update, and each chunk's logprobs before it."""
+        """Makes one optimizer update. Returns its metrics, and each chunk's logprobs before it."""
         sums: dict[str, Tensor] = {}
         seen = []
         for chunk, old in zip(chunks, old_logprobs, strict=True):
@@ -149,7 +149,7 @@ class Learner:
         }, seen
 
     def _loss(self, chunk: MicroBatch, old_logprobs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The chunk's part of the loss, and of its tokens the logprobs and the entropy."""
+        """The chunk's part of the loss, and the logprob and the entropy of each of its tokens."""
         return head_loss(
             self._hidden(chunk),
             self._head,
@@ -173,7 +173,7 @@ class Learner:
                 use_cache=False,
             )
         hidden = output.last_hidden_state[0, chunk.predictors]
-        # The last norm gives float32 back where the weights are: the head would be computed in it.
+        # The last norm returns float32 if its weights are float32. The head would then compute in float32.
         return hidden.to(self._compute_dtype) if self._is_half else hidden
 
     @property
@@ -184,7 +184,7 @@ class Learner:
         return torch.autocast(self.model.device.type, self._compute_dtype, enabled=self._is_half)
 
     def _example(self, prompt: Sequence[int], *completions: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Completions of one prompt in a pack: the states of `_hidden`, and the tokens that they predict."""
+        """Packs completions of one prompt. Returns the states of `_hidden` and the tokens they predict."""
         rows = [TrainingRow(tuple(prompt), tuple(ids), (0.0,) * len(ids), 1.0, 1.0) for ids in completions]
         (chunk,) = micro_batches(rows, sum(map(len, completions)) + len(prompt))
         chunk = chunk.to(self.model.device)
@@ -206,12 +206,12 @@ class Learner:
     def _check_vocabulary(self, rows: Sequence[TrainingRow]) -> None:
         largest = max(max(row.prompt_token_ids + row.token_ids) for row in rows)
         if largest >= (size := self.model.get_input_embeddings().weight.shape[0]):
-            raise BadInput(f"token {largest} from the engine, and the learner's vocabulary has {size}")
+            raise BadInput(f"token {largest} from the engine is unknown: the learner's vocabulary has {size}")
 
     @torch.no_grad()
     def _check_packing(self) -> None:
-        """BadInput for a model that predicts otherwise in a pack: one with recurrent layers, say, or with
-        a bias or a scale after its head."""
+        """Raises BadInput for a model that predicts differently in a pack, for example because it has
+        recurrent layers, or a bias or a scale after its head."""
         prompt, completions = (1, 2, 3), ((1, 4, 5), (2, 4, 5))
         hidden, token_ids = self._example(prompt, *completions)
         ours = head_logprobs(hidden, self._head, token_ids)
@@ -222,13 +222,13 @@ class Learner:
         if not gap < (HALF_PACKING_TOLERANCE if self._is_half else PACKING_TOLERANCE):
             kind = self.model.config.model_type
             raise BadInput(
-                f"model of type {kind}: packed, its logprobs are {gap:.2g} off: it cannot be trained"
+                f"model of type {kind}: its logprobs are {gap:.2g} off when packed, so it cannot be trained"
             )
 
     def _objective(
         self, chunk: MicroBatch, old_logprobs: Tensor | None, logprobs: Tensor, at: slice
     ) -> Tensor:
-        """The part of the loss that the tokens `at` of the chunk have."""
+        """The part of the loss that comes from the chunk's tokens `at`."""
         config = self._config
         old = logprobs.detach() if old_logprobs is None else old_logprobs[at]
         advantages, weights, sampling, anchor = (
@@ -252,7 +252,7 @@ class Learner:
     def _sums(
         self, chunk: MicroBatch, logprobs: Tensor, old_logprobs: Tensor | None, entropy: Tensor
     ) -> dict[str, Tensor]:
-        """What to report, summed over the chunk's tokens."""
+        """The figures to report, summed over the chunk's tokens."""
         old = logprobs if old_logprobs is None else old_logprobs
         ratio = RATIOS[self._config.ratio](logprobs, old, chunk.row)
         is_clipped = IS_CLIPPED[self._config.surrogate]
@@ -269,5 +269,5 @@ class Learner:
 
 
 def set_aside(rows: Sequence[TrainingRow]) -> dict[str, Any]:
-    """A batch in plain values, for the file that a stopped run leaves behind."""
+    """Returns the rows as plain values, for the file that a stopped run leaves behind."""
     return {"rows": [asdict(row) for row in rows]}

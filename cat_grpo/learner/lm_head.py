@@ -1,8 +1,8 @@
 """Logprobs of tokens through the LM head, in tiles of tokens: (tokens x vocabulary) never exists at once.
 
-Where every token's part of the loss needs that token alone, one pass over a tile does all of it: logits,
-logprobs, their gradient by hand, and from it those of the hidden states and of the head's weight, which
-takes 6 VH operations a token. A loss that needs a whole sequence first (GSPO) takes two passes, 8 VH.
+If each token's part of the loss needs that token alone, one pass over a tile is enough. It computes logits,
+logprobs, their gradient by hand, and from it the gradients of the hidden states and of the head's weight.
+That takes 6 VH operations a token. A loss that needs a whole sequence first (GSPO) takes two passes, 8 VH.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from cat_grpo.learner.grpo import at_least_float32
 TILE_TOKENS = 1024
 
 LossOfTokens = Callable[[Tensor, slice], Tensor]
-"""From the logprobs of some tokens, and which ones they are, to their part of the loss, a scalar."""
+"""A function from some tokens' logprobs, and which tokens they are, to their part of the loss, a scalar."""
 
 
 def head_loss(
@@ -28,10 +28,10 @@ def head_loss(
     separable: bool = True,
     tile_tokens: int = TILE_TOKENS,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, with a gradient for `hidden` and `weight`, and without one each token's logprob and entropy.
+    """The loss, with gradients for `hidden` and `weight`, and each token's logprob and entropy, without any.
 
-    (N, H), (V, H), (N,) -> (), (N,), (N,). hidden[t] predicts token_ids[t]. `separable` says that `loss_of`
-    may be called on a slice at a time and its results added; else it is called once with all tokens.
+    (N, H), (V, H), (N,) -> (), (N,), (N,). hidden[t] predicts token_ids[t]. If `separable`, `loss_of` is
+    called on one slice at a time and its results are added. Otherwise it is called once with all tokens.
     """
     return _HeadLoss.apply(hidden, weight, token_ids, loss_of, temperature, separable, tile_tokens)
 
@@ -54,13 +54,13 @@ def head_logprobs(
 
 
 def head_bytes(weight: Tensor, tile_tokens: int = TILE_TOKENS) -> int:
-    """What `head_loss` takes beside its arguments, at most: three tiles, the gradient of the weight, its
-    scaled copy, and the weight and a term of its gradient in a lower precision."""
+    """The most bytes that `head_loss` takes beside its arguments: three tiles, the gradient of the weight,
+    its scaled copy, and the weight and a term of its gradient in a lower precision."""
     return 4 * 3 * tile_tokens * weight.shape[0] + (4 + 4 + 2 + 2) * weight.numel()
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Gradients are made in the forward pass, tile by tile; the backward pass only scales them."""
+    """The forward pass makes the gradients, tile by tile. The backward pass only scales them."""
 
     @staticmethod
     def forward(
@@ -93,7 +93,7 @@ class _HeadLoss(torch.autograd.Function):
                 loss = loss + part
             else:
                 grad = per_token_grad[at]
-            # d log pi(y) / d logits = (onehot(y) - p) / temperature, in the place of p
+            # d log pi(y) / d logits = (onehot(y) - p) / temperature, written over p
             logits_grad = probs.mul_(-grad.unsqueeze(-1))
             logits_grad.scatter_add_(-1, token_ids[at].unsqueeze(-1), grad.unsqueeze(-1))
             logits_grad = logits_grad.div_(temperature).to(hidden.dtype)
@@ -126,7 +126,7 @@ def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
 
 
 def _chosen(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of (N, V): the logprob of each token, the entropy, (N,) both, and the probabilities, (N, V)."""
+    """The logprob of each token, the entropy, (N,) both, and the probabilities, (N, V), of logits (N, V)."""
     log_norm = logits.logsumexp(-1, keepdim=True)
     logprobs = logits.sub_(log_norm)
     logprob = logprobs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)

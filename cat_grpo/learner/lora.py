@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from cat_grpo.errors import BadInput
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-"""A checkpoint with this file holds the adapters alone, and names the model that they belong to."""
+"""A checkpoint with this file holds only the adapters, and names the model that they belong to."""
 
 
 def add_adapters(model: PreTrainedModel, rank: int, alpha: int, seed: int) -> None:
     """Freezes the model and gives every linear layer but the head an adapter, in float32.
 
-    The adapters change nothing until they are trained. BadInput where peft is not installed.
+    The adapters change nothing until they are trained. BadInput when peft is not installed.
     """
     try:
         from peft import LoraConfig
@@ -33,13 +33,13 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: int, seed: int) -> No
 
 
 def has_adapters(model: PreTrainedModel) -> bool:
-    """Whether it came from a folder that holds adapters, or was given some."""
+    """Returns whether the model came from a folder with adapters or was given some later."""
     return getattr(model, "_hf_peft_config_loaded", False)
 
 
 @contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """The model is as it was before its adapters for as long as this lasts."""
+    """Turns the model's adapters off inside the `with` block."""
     model.disable_adapters()
     try:
         yield
@@ -48,7 +48,7 @@ def adapters_off(model: Any) -> Iterator[None]:
 
 
 def load_adapters(model: PreTrainedModel, checkpoint: Path) -> None:
-    """The checkpoint's adapters, bit for bit, into those that the model has."""
+    """Loads the checkpoint's adapters into those that the model has, bit for bit."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -56,7 +56,7 @@ def load_adapters(model: PreTrainedModel, checkpoint: Path) -> None:
 
 
 def load_merged(checkpoint: Path, dtype: str) -> PreTrainedModel:
-    """The checkpoint's model; where it holds adapters, with these added to the weights."""
+    """The checkpoint's model, with its adapters, if it has any, added to the weights."""
     if not (checkpoint / ADAPTER_WEIGHTS).exists():
         return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
     from peft import AutoPeftModelForCausalLM

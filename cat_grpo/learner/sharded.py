@@ -1,7 +1,7 @@
-"""The learner on many devices and machines: its weights in shards, one Ray actor a shard.
+"""The learner on many devices and machines: its weights are in shards, with one Ray actor per shard.
 
-FSDP2 gathers each layer when it is computed with, and adds up the gradients. Ray starts the processes: on
-this machine, or on the cluster that the environment variable RAY_ADDRESS names.
+FSDP2 gathers each layer when it is needed and adds up the gradients. Ray starts the processes, on this
+machine or on the cluster that the environment variable RAY_ADDRESS names.
 """
 
 import os
@@ -37,14 +37,14 @@ from cat_grpo.learner.learner import Learner
 PATIENCE = 60
 """Seconds to wait for room on a Ray cluster that others use."""
 SHARDS = "optimizer"
-"""The folder of a checkpoint in which the ranks keep their parts of the optimizer's state."""
+"""The folder in a checkpoint where the ranks keep their parts of the optimizer's state."""
 
 
 class Ranks:
     """A `Learner` whose weights are spread over `config.num_ranks` Ray actors.
 
-    `model` is the copy that engines serve from: it has the ranks' weights after every update. On a cluster
-    the model's folder and the run's must be where every machine finds them.
+    `model` is the copy that engines serve from. It has the ranks' weights after every update. On a cluster,
+    every machine must find the model's folder and the run's.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class Ranks:
         temperature: float,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
-        """`path` is the folder or hub id that `model` came from. BadInput as `Learner`, and for more ranks
+        """`path` is the folder or hub id that `model` came from. BadInput as in `Learner`, and for more ranks
         than Ray has room for."""
         self.model = model
         if not ray.is_initialized():
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a training run reports to nobody
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a training run sends no usage reports
             ray.init(include_dashboard=False, log_to_driver=False)
         device = model.device.type
         bundle = {"CPU": 1.0} | ({"GPU": 1.0} if device == "cuda" else {})
@@ -71,7 +71,7 @@ class Ranks:
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group),
         )
         self._ranks += [actor.remote(rank, config.num_ranks) for rank in range(config.num_ranks)]
-        path = str(Path(path).resolve()) if Path(path).exists() else path  # the ranks' own folder is another
+        path = str(Path(path).resolve()) if Path(path).exists() else path  # the ranks run in another folder
         try:
             address = ray.get(self._ranks[0].address.remote())
             self._each("join", address, path, device, config, temperature, compute_dtype)
@@ -80,14 +80,14 @@ class Ranks:
             raise
 
     def update(self, batch: Batch) -> dict[str, float]:
-        """As `Learner.update`; every rank returns the same."""
-        free_cached_memory()  # this process serves engines on the device that a rank has too
+        """Updates the weights as `Learner.update` does. Every rank returns the same metrics."""
+        free_cached_memory()  # this process serves engines on a device that a rank also uses
         metrics = self._each("update", ray.put(batch))[0]
         self._gather()
         return metrics
 
     def save(self, folder: Path) -> None:
-        """The weights whole, for `from_pretrained`, and the optimizer's state in the ranks' shards."""
+        """Writes the whole weights, for `from_pretrained`, and the optimizer's state in the ranks' shards."""
         self.model.save_pretrained(folder)
         self._each("save", folder.resolve())
 
@@ -102,7 +102,7 @@ class Ranks:
         remove_placement_group(self._group)
 
     def _each(self, method: str, *arguments: object) -> list[Any]:
-        """The method on all ranks at once: their collectives wait for each other."""
+        """Calls the method on all ranks at once, because their collectives wait for each other."""
         return ray.get([getattr(rank, method).remote(*arguments) for rank in self._ranks])
 
     def _gather(self) -> None:
@@ -110,7 +110,7 @@ class Ranks:
 
 
 def _room_for(bundle: dict[str, float], num_ranks: int) -> PlacementGroup:
-    """Room for all ranks at once. BadInput where Ray has less, or others take it."""
+    """Reserves room for all ranks at once. BadInput when Ray has too little, or others use it."""
     for kind, each in bundle.items():
         needed, there = each * num_ranks, ray.cluster_resources().get(kind, 0)
         if there < needed:
@@ -123,9 +123,9 @@ def _room_for(bundle: dict[str, float], num_ranks: int) -> PlacementGroup:
 
 
 def even_size(rows: Sequence[TrainingRow], max_tokens: int, num_ranks: int) -> int:
-    """A size of micro-batches, at most `max_tokens`, whose number the ranks can share evenly.
+    """The size of micro-batches, at most `max_tokens`, at which the ranks share them most evenly.
 
-    The least for which there are no more of them than the ranks make in as few rounds as can be.
+    It is the smallest size that needs no more rounds of one micro-batch per rank than `max_tokens` does.
     """
     rounds = -(-sum(1 for _ in packs(rows, max_tokens)) // num_ranks)
     longest = max(len(row.prompt_token_ids) + len(row.token_ids) for row in rows)
@@ -139,7 +139,7 @@ class ShardedLearner(Learner):
     """One rank's part of the learner: its shard of the weights, its share of the micro-batches."""
 
     def restore(self, folder: Path) -> None:
-        """The weights, which every rank reads whole, and its shard of the optimizer's state."""
+        """Restores the weights, which every rank reads whole, and its shard of the optimizer's state."""
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         whole = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, loaded.state_dict(), options=whole)
@@ -149,7 +149,7 @@ class ShardedLearner(Learner):
             set_optimizer_state_dict(self.model, self._optimizer, state)
 
     def save_optimizer(self, folder: Path) -> None:
-        """Nothing where no update has been made: to ask for the state would make one."""
+        """Does nothing before the first update, because reading the state would create it."""
         if self._optimizer.state:
             save(get_optimizer_state_dict(self.model, self._optimizer), checkpoint_id=folder / SHARDS)
 
@@ -157,10 +157,10 @@ class ShardedLearner(Learner):
         policy = MixedPrecisionPolicy(param_dtype=self._compute_dtype, reduce_dtype=torch.float32)
         for module in (*self.model.get_decoder().layers, self.model):
             fully_shard(module, mp_policy=policy)
-            # A token's weight is its share of the whole step: the ranks' gradients add up to the step's.
+            # A token's weight is its share of the whole step, so ranks' gradients are added, not averaged.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
-        # The head is used outside of the model's forward, so that must not count as the root's.
+        # The head is used outside of the model's forward, so `grpo_loss` must count as the root's forward.
         self.model.grpo_loss = super()._loss
         register_fsdp_forward_method(self.model, "grpo_loss")
 
@@ -168,8 +168,8 @@ class ShardedLearner(Learner):
         return self.model.grpo_loss(chunk, old_logprobs)
 
     def _chunks(self, rows: Sequence[TrainingRow]) -> list[MicroBatch]:
-        """This rank's micro-batches, as many as each other has: where one is missing, it computes along
-        with the smallest, without weight."""
+        """This rank's micro-batches, as many as every other rank has. A rank that lacks one computes the
+        smallest instead, with weights of 0."""
         rank, num_ranks = dist.get_rank(), dist.get_world_size()
         chunks = list(micro_batches(rows, even_size(rows, self._config.micro_batch_tokens, num_ranks)))
         smallest = min(chunks, key=lambda chunk: chunk.input_ids.numel())
@@ -213,7 +213,7 @@ class _Rank:
         return metrics
 
     def weights(self) -> dict[str, Any]:
-        """Whole on the first rank, empty on the others."""
+        """Returns the whole weights on the first rank and nothing on the others."""
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return get_model_state_dict(self._learner.model, options=whole)
 

@@ -164,7 +164,7 @@ def test_no_rows_make_no_pack():
 def test_a_row_over_the_budget_names_its_sizes():
     row = row_of((1,) * 40, (2,) * 25)  # its last token is not read
     assert len(list(micro_batches([row], 64))) == 1
-    with pytest.raises(BadInput, match=r"learner\.micro_batch_tokens: 63 holds no .* 40 \+ 25 tokens"):
+    with pytest.raises(BadInput, match=r"learner\.micro_batch_tokens: 63 is too small .* 40 \+ 25 tokens"):
         list(micro_batches([row], 63))
 
 

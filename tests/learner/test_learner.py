@@ -175,11 +175,14 @@ def test_in_double_precision_the_gradient_is_the_plain_one_to_ten_digits(gradien
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: MambaForCausalLM(MambaConfig(**SIZES)), "of type mamba: packed, its logprobs are .* off"),
+        (
+            lambda: MambaForCausalLM(MambaConfig(**SIZES)),
+            "of type mamba: its logprobs are .* off when packed",
+        ),
         (lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8)), "caps its logits"),
         (
             lambda: CohereForCausalLM(CohereConfig(**SIZES, num_attention_heads=4, eos_token_id=1)),
-            "of type cohere: .* off",
+            "of type cohere: .* off when packed",
         ),
     ],
 )
@@ -449,7 +452,7 @@ def test_what_is_saved_is_resumed_in_another_learner_as_if_nothing_had_been(tmp_
         (
             (TrainingRow((1,), (2,) * 80, (0.0,) * 80, 1.0, 0.1),),
             BadInput,
-            "64 holds no rollout of 1 \\+ 80 tokens",
+            "64 is too small for a rollout of 1 \\+ 80 tokens",
         ),
         (
             (TrainingRow((1,), (VOCAB,), (0.0,), 1.0, 0.1),),
