@@ -4,10 +4,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cat_grpo.settings import load_config
-from cat_grpo.records import Completion, Group, Problem, Reference, RolloutScore, Rubric, ScoredGroup, Verdict
-from cat_grpo.run.rundir import RunDir
+from cat_grpo.records import (
+    Completion,
+    Group,
+    Problem,
+    Reference,
+    RewardedGroup,
+    RolloutReward,
+    Rubric,
+    Verdict,
+)
 from cat_grpo.report.summaries import summarise_update
+from cat_grpo.run.rundir import RunDir
+from cat_grpo.settings import load_config
 
 GROUP_SIZE, SHARD_SIZE = 4, 2
 HOSTILE = (
@@ -27,33 +36,56 @@ def rollout(text: str, num_tokens: int = 3, finish_reason: str = "stop") -> Comp
     return Completion(text, tokens, (-0.5,) * num_tokens, finish_reason)  # pyright: ignore
 
 
-def verifiable(name: str, prompt: str, answers: Sequence[str], reference: str | None) -> ScoredGroup:
+def verifiable(name: str, prompt: str, answers: Sequence[str], reference: str | None) -> RewardedGroup:
     """A group whose rollouts box their answers; the reference boxes its own."""
     problem = Problem(name, ({"role": "user", "content": prompt},), "verifiable")
     rollouts = tuple(rollout(f"It is \\boxed{{{answer}}}.") for answer in answers)
     majority = max(answers, key=answers.count)
     text = None if reference is None else f"So it is \\boxed{{{reference}}}."
-    scores = tuple(
-        RolloutScore(None if reference is None else float(answer == reference), 0.0, answer, ())
-        for answer in answers
+    agrees = [None if reference is None else answer == reference for answer in answers]
+    values = [None if agree is None else float(agree) for agree in agrees]
+    rewards = tuple(
+        RolloutReward(value, parts={"agreement": value}, agrees=agree, answer=answer)
+        for value, agree, answer in zip(values, agrees, answers, strict=True)
     )
     estimated = Reference(
-        name, text, "synthesis", "What the anchor read", 5, "stop", majority, answers.count(majority)
+        text,
+        answer=reference,
+        written=text or "",
+        refused=None if text else "it has no final answer",
+        prompt="What the anchor read",
+        num_tokens=5,
+        finish_reason="stop",
+        problem_id=name,
+        estimator="synthesis",
+        majority=majority,
+        num_votes=answers.count(majority),
     )
-    return ScoredGroup(Group(problem, (1, 2), rollouts), estimated, None, scores)
+    return RewardedGroup(Group(problem, (1, 2), rollouts), estimated, None, rewards)
 
 
-def judged(name: str, prompt: str, texts: Sequence[str], criteria: Sequence[str]) -> ScoredGroup:
+def judged(name: str, prompt: str, texts: Sequence[str], criteria: Sequence[str]) -> RewardedGroup:
     """An open group: of the verdicts on a rollout the first abstains; the first rollout was cut off."""
     problem = Problem(name, ({"role": "user", "content": prompt},), "open")
     verdicts = (Verdict(None, None), *(Verdict(True, 0.9) for _ in criteria[1:]))
-    scores = tuple(RolloutScore(0.25 * i, 0.5 * (i == 1), None, verdicts) for i, _ in enumerate(texts))
+    rewards = tuple(
+        RolloutReward(0.25 * i, 0.5 * (i == 1), {"self_rubric": 0.25 * i}, verdicts=verdicts)
+        for i, _ in enumerate(texts)
+    )
     rollouts = tuple(rollout(text, 10 + i, "stop" if i else "length") for i, text in enumerate(texts))
-    reference = Reference(name, texts[0], "synthesis", texts[0], 5, "stop", None, 0)
-    return ScoredGroup(Group(problem, (1, 2), rollouts), reference, Rubric(tuple(criteria)), scores)
+    reference = Reference(
+        texts[0],
+        written=texts[0],
+        prompt=texts[0],
+        num_tokens=5,
+        finish_reason="stop",
+        problem_id=name,
+        estimator="synthesis",
+    )
+    return RewardedGroup(Group(problem, (1, 2), rollouts), reference, Rubric(tuple(criteria)), rewards)
 
 
-def plain_groups() -> list[ScoredGroup]:
+def plain_groups() -> list[RewardedGroup]:
     """Five groups, one for each of the things that a person filters by."""
     return [
         verifiable("agrees", "What is one and one?", ["2", "2", "2", "3"], "2"),
@@ -66,7 +98,7 @@ def plain_groups() -> list[ScoredGroup]:
     ]
 
 
-def hostile_groups() -> list[ScoredGroup]:
+def hostile_groups() -> list[RewardedGroup]:
     groups = [judged(text, text, [text, *HOSTILE[:3]], HOSTILE) for text in HOSTILE]
     return [
         *groups,
@@ -74,7 +106,7 @@ def hostile_groups() -> list[ScoredGroup]:
     ]
 
 
-def make_run(path: Path, groups: Sequence[ScoredGroup], num_steps: int = 2, finished: int = 2) -> RunDir:
+def make_run(path: Path, groups: Sequence[RewardedGroup], num_steps: int = 2, finished: int = 2) -> RunDir:
     """A run whose first `finished` steps have their update behind them; all have the same groups."""
     few = (f"train.shard_size={SHARD_SIZE}", f"rollout.group_size={GROUP_SIZE}", "learner.kl_coef=0.5")
     run = RunDir.open(path, load_config("lab-open", overrides=few), [group.group.problem for group in groups])
@@ -86,17 +118,18 @@ def make_run(path: Path, groups: Sequence[ScoredGroup], num_steps: int = 2, fini
     return run
 
 
-def write_shard(run: RunDir, step: int, shard: int, groups: Sequence[ScoredGroup]) -> None:
+def write_shard(run: RunDir, step: int, shard: int, groups: Sequence[RewardedGroup]) -> None:
     part = groups[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
     run.write_groups(step, shard, [group.group for group in part])
     run.write_references(step, shard, [group.reference for group in part])
-    run.write_scores(step, shard, part)
+    run.write_rewards(step, shard, part)
 
 
-def write_update(run: RunDir, step: int, groups: Sequence[ScoredGroup]) -> None:
-    kl = [[0.25 * i for i, _ in enumerate(group.scores)] for group in groups]
-    totals = [[score.reward for score in group.scores] for group in groups]
+def write_update(run: RunDir, step: int, groups: Sequence[RewardedGroup]) -> None:
+    kl = [[0.25 * i for i, _ in enumerate(group.rewards)] for group in groups]
+    totals = [[reward.reward for reward in group.rewards] for group in groups]
     summaries = summarise_update(groups, kl, totals, totals)
     run.write_summaries(step, [replace(summary, group=i) for i, summary in enumerate(summaries)])
     metrics = {"step": float(step), "reward/mean": 0.25 + step / 8, "reward/std": 0.4, "policy/kl": 0.1}
-    run.write_metrics([*run.metrics()[:step], metrics])
+    run.cut_metrics(step)
+    run.add_metrics(metrics)

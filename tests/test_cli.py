@@ -18,8 +18,10 @@ import pytest
 
 from cat_grpo import cli
 from cat_grpo.config import Config
-from cat_grpo.settings import load_config
+from cat_grpo.errors import Stopped
+from cat_grpo.method.prompts import set_folder
 from cat_grpo.run.rundir import RunDir
+from cat_grpo.settings import load_config
 
 ROOT = Path(__file__).parent.parent
 SUM = {"id": "a", "kind": "verifiable", "prompt": "1 + 1?"}
@@ -146,8 +148,10 @@ def bad_training(tmp_path: Path) -> dict[str, tuple[list[object], list[object]]]
     bad_row = write(tmp_path / "bad.jsonl", SUM, SUM | {"id": "b", "prompt": 3})
     bad_gold = write(tmp_path / "gold.jsonl", SUM | {"answer": "2"}, SUM)
     bad_toml = write(tmp_path / "bad.toml", "[train", "steps = 3")
-    model = tmp_path / "model"
+    model, prompts = tmp_path / "model", tmp_path / "prompts"
     model.mkdir()
+    shutil.copytree(set_folder("lab"), prompts)
+    (prompts / "solve_verifiable.txt").write_text("{{ question")
     return {
         "a missing file": (["data.path=none.jsonl"], ["none.jsonl: no such file"]),
         "no file": (["data.path="], ["data.path: expected a file"]),
@@ -160,7 +164,22 @@ def bad_training(tmp_path: Path) -> dict[str, tuple[list[object], list[object]]]
         "an unknown preset": (["--preset", "maths"], ["unknown preset 'maths'", "math500"]),
         "a missing config": (["--config", "none.toml"], ["none.toml: No such file"]),
         "a bad config": (["--config", bad_toml], [f"{bad_toml}: ", "line 1"]),
-        "an unknown prompt set": (["prompts=nowhere"], ["prompt set 'nowhere'"]),
+        "an unknown prompt set": (["prompts=nowhere"], ["prompts: 'nowhere': there is no such set"]),
+        "a prompt set that lacks a template": (["prompts=model"], ["model has no solve_verifiable.txt"]),
+        "a template that is no template": ([f"prompts={prompts}"], ["solve_verifiable.txt:1: "]),
+        "an unknown estimator": (
+            ["reference.estimator=best"],
+            ["reference.estimator: 'best': expected one of"],
+        ),
+        "an estimator of no module": (["reference.estimator=mine:f"], ["there is no module 'mine'"]),
+        "an unknown reward": (
+            ["reward.verifiable={form = 1.0}"],
+            ["reward.verifiable: 'form': expected one of"],
+        ),
+        "a majority of notes": (
+            ["data.path=lab:open", "reference.estimator=majority"],
+            ["reference.estimator: 'majority': is for verifiable problems, and the data has open ones"],
+        ),
         "a missing validation": (["train.validation=none.jsonl"], ["none.jsonl: no such file"]),
         "a bad validation": ([f"train.validation={bad_gold}"], [f"{bad_gold}:2: answer: "]),
         "a missing model": (["model.path=./none"], ["model './none': no such folder"]),
@@ -172,7 +191,9 @@ def bad_training(tmp_path: Path) -> dict[str, tuple[list[object], list[object]]]
 WRONG = [
     *("a missing file", "no file", "a bad row", "an empty file", "an unknown override", "no override"),
     *("a wrong type", "a value out of range", "an unknown preset", "a missing config", "a bad config"),
-    *("an unknown prompt set", "a missing validation", "a bad validation", "a missing model"),
+    *("an unknown prompt set", "a prompt set that lacks a template", "a template that is no template"),
+    *("an unknown estimator", "an estimator of no module", "an unknown reward", "a majority of notes"),
+    *("a missing validation", "a bad validation", "a missing model"),
     *("no model in a folder", "a missing judge"),
 ]
 
@@ -260,23 +281,24 @@ def test_a_bad_option_is_exit_code_2(cat_grpo, arguments):
     assert "Traceback" not in said.err
 
 
-def test_a_bug_of_ours_keeps_its_traceback(cat_grpo, monkeypatch, tmp_path):
+@pytest.mark.parametrize("bug", [TypeError, ValueError, KeyError, RuntimeError, ArithmeticError, OSError])
+def test_a_bug_of_ours_keeps_its_traceback(cat_grpo, monkeypatch, tmp_path, bug):
     def broken(*_, **__):
-        raise TypeError("a bug")
+        raise bug("a bug")
 
     monkeypatch.setattr("cat_grpo.settings.load_config", broken)
-    with pytest.raises(TypeError, match="a bug"):
+    with pytest.raises(bug, match="a bug"):
         cat_grpo(*training(tmp_path))
 
 
 def test_a_run_that_stopped_by_itself_is_exit_code_1(cat_grpo, monkeypatch, tmp_path):
     def diverged(*_, **__):
-        raise ArithmeticError("step 3: the loss is nan\nand a second line")
+        raise Stopped("step 3: the loss is nan\nand a second line")
 
     monkeypatch.setattr("cat_grpo.settings.load_config", diverged)
     said = cat_grpo(*training(tmp_path))
-    assert said.code == 1
-    assert said.err.startswith("cat-grpo: stopped: step 3: the loss is nan")
+    assert (said.code, said.out) == (1, "")
+    assert said.err == "cat-grpo: stopped: step 3: the loss is nan\n"
 
 
 # As a program of its own
@@ -351,18 +373,18 @@ def test_a_gate_that_nobody_could_open_is_refused(cat_grpo, tmp_path):
     said = cat_grpo(
         "train", "--preset", "lab-verifiable", "--run", tmp_path / "run", "train.review_gate=true"
     )
-    refused(said, "train.review_gate: asks in the dashboard")
+    refused(said, "train.review_gate: it asks in the dashboard")
 
 
 def test_a_port_that_is_taken_is_refused(cat_grpo):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
-        refused(cat_grpo("serve", "--port", other.getsockname()[1]), "is not to be had")
+        refused(cat_grpo("serve", "--port", other.getsockname()[1]), "is not available")
 
 
 def test_a_part_of_the_dashboard_that_dies_is_exit_code_1(cat_grpo, monkeypatch):
     def die(*_: object) -> None:
-        raise ChildProcessError("the inspector ended with status 2: see inspector.log")
+        raise Stopped("the inspector ended with status 2: see inspector.log")
 
     monkeypatch.setattr("flows.serve.serve", die)
     said = cat_grpo("serve")

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from cat_grpo.config import Config
-from cat_grpo.settings import load_config, preset_names
+from cat_grpo.config import Config, ModelConfig
+from cat_grpo.errors import BadInput
 from cat_grpo.method.prompts import set_folder
+from cat_grpo.settings import differences, load_config, may_change, preset_names, read_config
 
 
 def at(config: BaseModel, key: str) -> Any:
@@ -19,7 +20,7 @@ def at(config: BaseModel, key: str) -> Any:
 
 
 def error_of(*overrides: str, **sources) -> str:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(BadInput) as error:
         load_config(overrides=overrides, **sources)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -32,8 +33,10 @@ PAPER = {  # method.md, "The paper's settings"
     "learner.advantage_scale": "group",
     "learner.updates_per_step": 1,
     "train.steps": 1000,
-    "reference.aggregator": "synthesis",
+    "reference.estimator": "synthesis",
     "reference.include_question": False,
+    "reward.verifiable": {"agreement": 1.0},
+    "reward.open": {"self_rubric": 1.0},
     "reward.min_criteria": 5,
     "judge": None,
     "prompts": "default",
@@ -98,6 +101,7 @@ def test_the_presets_of_the_lab_run_on_what_ships(kind):
         ("learner.learning_rate=0.5", 0.5),
         ("reference.include_question=true", True),
         ("reference.include_question=false", False),
+        ("reference.estimator=mine:best_of", "mine:best_of"),
         ("train.patience=none", None),
         ("reward.length_limit=null", None),
         ("train.max_consensus=None", None),
@@ -162,6 +166,10 @@ def test_a_section_that_is_none_can_be_filled():
         ("data.kind=closed", "data.kind"),
         ("data.path=7", "data.path"),
         ("reward.verdict=maybe", "reward.verdict"),
+        ("reward.open={}", "reward.open"),
+        ("reward.open.self_rubric=nan", "reward.open.self_rubric"),
+        ("reward.verifiable.agreement=much", "reward.verifiable.agreement"),
+        ("reference.aggregator=majority", "reference.aggregator"),
         ("model.device=tpu", "model.device"),
         ("judge.model=x", "judge.model"),
     ],
@@ -208,6 +216,55 @@ def test_a_bad_key_of_a_file_is_named(tmp_path):
     assert error_of(file=tmp_path / "mine.toml").startswith("config: train.stepz: ")
 
 
+def test_parts_of_a_reward_are_those_that_are_named_with_their_weights():
+    config = load_config(overrides=["reward.verifiable={agreement = 0.9, 'mine:form' = 0.1}"])
+    assert config.reward.parts("verifiable") == {"agreement": 0.9, "mine:form": 0.1}
+    assert config.reward.parts("open") == {"self_rubric": 1.0}
+    assert load_config(overrides=["reward.verifiable.agreement=0.5"]).reward.verifiable == {"agreement": 0.5}
+
+
+def test_a_saved_config_is_read_as_it_was(tmp_path):
+    config, path = load_config("lab-open", overrides=["train.steps=7"]), tmp_path / "config.json"
+    path.write_text(config.model_dump_json())
+    assert read_config(path) == config
+    path.write_text('{"train": {"steps": 7}}')  # of a version that had no other setting
+    assert read_config(path) == load_config(overrides=["train.steps=7"])
+    path.write_text('{"train": {"stepz": 7}}')
+    with pytest.raises(BadInput, match=rf"^{path}: train\.stepz: "):
+        read_config(path)
+
+
+def test_differences_by_hand():
+    assert differences({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}}) == [
+        ("a.c", 2, 4),
+        ("d", 3, None),
+    ]
+
+
+MAY_CHANGE = {
+    *("train.steps", "train.checkpoint_every", "train.validation", "train.validation_limit"),
+    *("train.tracker", "train.patience", "train.max_consensus", "train.review_gate"),
+    *("learner.micro_batch_tokens", "learner.gradient_checkpointing", "data.reviews"),
+    *(
+        f"{role}.{key}"
+        for role in ("model", "anchor", "judge")
+        for key in ("max_batch_tokens", "vllm", "server")
+    ),
+    "budget",
+}
+
+
+def test_what_a_resumed_run_may_set_anew():
+    """More steps, less memory, other servers: what is in none of these sections and fields, it may not."""
+    every = {path for path, _ in fields(Config)} | {f"judge.{path}" for path, _ in fields(ModelConfig)}
+    every |= {f"anchor.{path}" for path, _ in fields(ModelConfig)}
+    below = {path for path in every if any(path.startswith(f"{key}.") for key in MAY_CHANGE)}
+    assert {path for path in every if may_change(path)} == MAY_CHANGE | below
+    assert may_change("model.vllm.engine_args.tensor_parallel_size")
+    assert not may_change("model.chat_template_kwargs.enable_thinking")
+    assert not may_change("reward.open.self_rubric")
+
+
 @pytest.mark.parametrize(
     ("overrides", "size"),
     [
@@ -249,5 +306,5 @@ def test_every_setting_explains_itself():
 def test_the_explanations_reach_the_form():
     schema = Config.model_json_schema()
     assert schema["$defs"]["RolloutConfig"]["properties"]["group_size"]["description"].startswith(
-        "G, rollouts"
+        "G, the rollouts per problem"
     )

@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from cat_grpo.config import DataConfig
 from cat_grpo.data import dataset_rows, load_problems, read_rows, to_problem
+from cat_grpo.errors import BadInput
 from cat_grpo.records import Problem
 
 COLUMNS = ("prompt", "id", "kind")
@@ -57,7 +58,7 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 
 def load(path: Path, **fields) -> list[Problem]:
-    return load_problems(DataConfig(path=str(path), **fields))
+    return list(load_problems(DataConfig(path=str(path), **fields)))
 
 
 @pytest.fixture(params=[".jsonl", ".json", ".csv", ".parquet"])
@@ -82,7 +83,7 @@ def test_parquet_columns_that_are_not_asked_for_are_never_decoded(tmp_path):
     path = write(tmp_path / "p.parquet", [{"prompt": "Q?", "answer": "gold"}])
     path.write_bytes(path.read_bytes().replace(b"gold", b"\xff\xff\xff\xff"))  # no text any more
     assert [problem.question for problem in load(path, kind="open")] == ["Q?"]
-    with pytest.raises(ValueError, match="not parquet"):
+    with pytest.raises(BadInput, match="not parquet"):
         list(read_rows(path, None))
 
 
@@ -127,6 +128,18 @@ def test_a_folder_is_its_data_files_in_the_order_of_their_names(tmp_path):
     assert [problem.question for problem in load(tmp_path)] == ["first", "second", "third"]
 
 
+def test_files_that_have_not_changed_are_read_once(tmp_path):
+    write(tmp_path / "1.jsonl", [{"prompt": "first", "kind": "open"}])
+    config = DataConfig(path=str(tmp_path))
+    before = load_problems(config)
+    assert load_problems(config) is before
+    write(tmp_path / "1.jsonl", [{"prompt": "another", "kind": "open"}])
+    assert [problem.question for problem in load_problems(config)] == ["another"]
+    write(tmp_path / "2.jsonl", [{"prompt": "second", "kind": "open"}])
+    assert [problem.question for problem in load_problems(config)] == ["another", "second"]
+    assert [problem.kind for problem in load(tmp_path, kind="verifiable")] == ["verifiable"] * 2
+
+
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
     path = tmp_path / "p.csv"
     path.write_bytes(b"\xef\xbb\xbfprompt,kind\r\nx,open\r\n")
@@ -155,13 +168,13 @@ def test_a_hub_data_set_gives_the_mapped_columns_alone():
 
 
 def test_an_empty_hub_data_set_is_an_error():
-    with pytest.raises(ValueError, match=r"owner/name\[test\]: no rows"):
+    with pytest.raises(BadInput, match=r"owner/name\[test\]: no rows"):
         list(dataset_rows(Dataset.from_dict({"prompt": []}), "owner/name[test]", COLUMNS))
 
 
 def error(path: Path | str, **fields) -> str:
     """The one line that loading raises."""
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(BadInput) as caught:
         load_problems(DataConfig(path=str(path), **fields))
     message = str(caught.value)
     assert "\n" not in message

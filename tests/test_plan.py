@@ -4,8 +4,8 @@ import pytest
 
 from cat_grpo.config import Config
 from cat_grpo.plan import StagePlan, plan, plan_markdown
-from cat_grpo.settings import load_config
 from cat_grpo.records import Problem
+from cat_grpo.settings import load_config
 
 
 def problems(num_verifiable: int, num_open: int) -> list[Problem]:
@@ -44,7 +44,7 @@ def test_mixed_data_are_planned_at_their_share():
 
 
 def test_a_majority_asks_nobody():
-    stages = {s.stage: s.calls for s in plan(config("reference.aggregator=majority"), problems(20, 0))}
+    stages = {s.stage: s.calls for s in plan(config("reference.estimator=majority"), problems(20, 0))}
     assert stages["references"] == 0
 
 

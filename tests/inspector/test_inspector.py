@@ -18,13 +18,14 @@ from starlette.datastructures import QueryParams
 
 from cat_grpo.cli import app as command_line
 from cat_grpo.cli import main
+from cat_grpo.errors import BadInput
 from cat_grpo.inspector.app import create_app
 from cat_grpo.inspector.reading import NotThere, _rows_at, find_run, read_group, run_names
 from cat_grpo.inspector.security import LOOPBACK, refuse_open_host
 from cat_grpo.inspector.texts import MOST_WORDS, _built, clipped, compared, rendered
 from cat_grpo.inspector.views import FILTERS, SORTS, View
 from cat_grpo.report.reviews import REVIEWS, read_reviews
-from cat_grpo.run.rundir import RunDir, differences
+from cat_grpo.run.rundir import RunDir
 from cat_grpo.run.tables import ROW_GROUP
 from inspecting import (
     FORMULAS,
@@ -326,13 +327,6 @@ async def test_two_runs_beside_each_other(runs: Path):
     ]  # fmt: skip
 
 
-def test_differences_by_hand():
-    assert differences({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}}) == [
-        ("a.c", 2, 4),
-        ("d", 3, None),
-    ]
-
-
 # A run that is being written
 
 
@@ -355,9 +349,9 @@ async def test_a_run_under_way_breaks_no_page(tmp_path: Path):
         write_shard(run, 1, 2, groups)
         write_update(run, 1, groups)
         assert await shown(client, "") == [0, 1, 2, 3, 4]
-        run.stage_file(1, "scores", 0).unlink()
+        run.stage_file(1, "rewards", 0).unlink()
         page = await client.get("/run/plain/step/1/group/0")
-        assert (page.status_code, "still to be written" in page.text) == (404, True)
+        assert (page.status_code, "has not been written yet" in page.text) == (404, True)
 
 
 # What is read
@@ -412,7 +406,7 @@ def test_no_name_leads_out(runs: Path, name: str):
     "address",
     [
         *("/run/..%2Fsecret", "/run/%2E%2E/secret", "/static/../app.py", "/static/%2e%2e/app.py"),
-        *("/run/plain/config.json", "/run/plain/reviews.jsonl", "/run/plain/step/1/scores-00.parquet"),
+        *("/run/plain/config.json", "/run/plain/reviews.jsonl", "/run/plain/step/1/rewards-00.parquet"),
         *("/docs", "/openapi.json"),
     ],
 )
@@ -432,7 +426,7 @@ async def test_the_list_says_how_far_runs_are(client: httpx.AsyncClient):
     ("folder", "words"), [("nowhere", "there is no such folder"), ("plain", "a run itself")]
 )
 def test_a_folder_without_runs_is_refused(runs: Path, folder: str, words: str):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(BadInput, match=words):
         create_app(runs / folder)
 
 
@@ -552,7 +546,7 @@ def test_an_address_that_others_reach_needs_a_token():
         refuse_open_host(host, None)
     refuse_open_host("0.0.0.0", "s3cret")
     for host in ("0.0.0.0", "::", "192.168.1.2", "box.example.org", ""):
-        with pytest.raises(ValueError, match="--token"):
+        with pytest.raises(BadInput, match="--token"):
             refuse_open_host(host, None)
 
 

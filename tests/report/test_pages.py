@@ -5,15 +5,14 @@ from typing import Any
 
 import pytest
 
-from cat_grpo.config import TrainConfig
 from cat_grpo.records import (
     Completion,
     Group,
     Problem,
     Reference,
-    RolloutScore,
+    RewardedGroup,
+    RolloutReward,
     Rubric,
-    ScoredGroup,
     Verdict,
 )
 from cat_grpo.report.pages import (
@@ -28,9 +27,9 @@ from cat_grpo.report.pages import (
     step_markdown,
     summary_table,
     table_rows,
-    warnings,
 )
 from cat_grpo.report.reviews import Accuracy
+from cat_grpo.run.stopping import warnings
 
 HISTORY = [
     {"step": 0.0, "reward/mean": 0.25, "consensus/majority_frac": 0.5, "policy/entropy": 2.0},
@@ -38,45 +37,57 @@ HISTORY = [
 ]
 
 
-def scored_group(
+def rewarded_group(
     texts: tuple[str, ...] = (r"\boxed{4}", r"\boxed{5}"),
-    rewards: tuple[float | None, ...] = (1.0, 0.0),
+    values: tuple[float | None, ...] = (1.0, 0.0),
     answers: tuple[str | None, ...] = ("4", "5"),
+    agrees: tuple[bool | None, ...] = (True, False),
     reference: str | None = r"\boxed{4}",
     majority: str | None = "4",
     question: str = "2 + 2",
     **others: Any,
-) -> ScoredGroup:
+) -> RewardedGroup:
     """A verifiable group: two rollouts, the first of them right."""
     problem = Problem("sums-1", ({"role": "user", "content": question},), "verifiable")
     rollouts = tuple(Completion(text, (1,), (-0.1,), "stop") for text in texts)
-    scores = tuple(RolloutScore(r, 0.0, a, ()) for r, a in zip(rewards, answers, strict=True))
-    return ScoredGroup(
-        Group(problem, (1, 2), rollouts),
-        Reference(problem.id, reference, "synthesis", "", 3, "stop", majority, 1),
-        others.get("rubric"),
-        others.get("scores", scores),
+    rewards = tuple(
+        RolloutReward(value, agrees=agree, answer=answer)
+        for value, answer, agree in zip(values, answers, agrees, strict=True)
     )
+    told = Reference(
+        reference,
+        answer=reference and "4",
+        refused=None if reference else "it has no final answer",
+        num_tokens=3,
+        finish_reason="stop",
+        problem_id=problem.id,
+        estimator="synthesis",
+        majority=majority,
+        num_votes=1,
+    )
+    group = Group(problem, (1, 2), rollouts)
+    return RewardedGroup(group, told, others.get("rubric"), others.get("rewards", rewards))
 
 
-def endless_group(text: str) -> ScoredGroup:
+def endless_group(text: str) -> RewardedGroup:
     """Every text as long as one likes."""
     n = 4 * MAX_ROLLOUTS
     verdicts = (Verdict(True, None),) * (2 * MAX_ROWS)
-    return scored_group(
+    return rewarded_group(
         texts=(text,) * n,
-        rewards=(1.0,) * n,
+        values=(1.0,) * n,
         answers=(text,) * n,
+        agrees=(True,) * n,
         reference=text,
         majority=text,
         question=text,
         rubric=Rubric((text,) * len(verdicts)),
-        scores=(RolloutScore(1.0, 0.0, text, verdicts),) * n,
+        rewards=(RolloutReward(1.0, agrees=True, answer=text, verdicts=verdicts),) * n,
     )
 
 
 def test_a_page_has_every_figure_and_its_first_value():
-    page = step_markdown(HISTORY, [scored_group()], num_steps=10)
+    page = step_markdown(HISTORY, [rewarded_group()], num_steps=10)
     assert page.startswith("# Step 2 of 10\n")
     assert "| mean | 0.75 | 0.5 | 0.25 |" in page  # reward: now, the mean of both, step 1
     assert "| majority | 62.5% | 56.2% | 50.0% |" in page
@@ -85,13 +96,16 @@ def test_a_page_has_every_figure_and_its_first_value():
 
 def test_a_validation_has_its_standard_error():
     now = HISTORY[1] | {"validation/pass@1": 0.5, "validation/pass@1_se": 0.125}
-    page = step_markdown([HISTORY[0], now], [scored_group()], num_steps=10)
+    page = step_markdown([HISTORY[0], now], [rewarded_group()], num_steps=10)
     assert "| pass@1 | 0.500 ± 0.125 | 0.5 |  |" in page
 
 
 def test_alarms_come_first():
-    page = step_markdown(HISTORY, [scored_group()], num_steps=10, stopped="nothing is left to reconcile")
-    assert page.index("nothing is left to reconcile") < page.index("Reward **0.75**")
+    stopped, look = "nothing is left to reconcile", "6.0% of the rollouts have no reward"
+    page = step_markdown(HISTORY, [rewarded_group()], num_steps=10, alarm=stopped, warnings=[look])
+    assert page.index(stopped) < page.index(look) < page.index("Reward **0.75**")
+    calm = step_markdown(HISTORY, [rewarded_group()], num_steps=10)
+    assert "Stopped here" not in calm and "Warning:" not in calm
 
 
 @pytest.mark.parametrize(
@@ -117,43 +131,51 @@ def test_a_checkpoint_below_the_best_is_a_warning_and_an_equal_one_is_not():
 
 
 def test_a_reference_stands_beside_its_rollouts():
-    page = group_markdown(scored_group())
+    page = group_markdown(rewarded_group())
     assert r"| **reference** | \\boxed\{4\} |" in page
     assert "| **majority** | 4 (1 of 2); the reference agrees |" in page
     assert r"| 2 | \\boxed\{5\} | 0.00 |" in page
 
 
 @pytest.mark.parametrize(
-    ("rewards", "words"),
-    [((0.0, 1.0), "the reference **differs**"), ((0.0, 0.0), "the reference is in **no rollout**")],
+    ("agrees", "words"),
+    [((False, True), "the reference **differs**"), ((False, False), "the reference is in **no rollout**")],
 )
-def test_a_page_says_when_the_reference_is_not_the_majority(rewards: tuple[float, float], words: str):
-    assert words in group_markdown(scored_group(rewards=rewards))
+def test_a_page_says_when_the_reference_is_not_the_majority(agrees: tuple[bool, bool], words: str):
+    assert words in group_markdown(rewarded_group(agrees=agrees))
+
+
+def test_who_agrees_is_not_read_off_the_reward():
+    """A reward may have other parts than the answer."""
+    page = group_markdown(rewarded_group(values=(0.9, 0.1)))
+    assert "| **majority** | 4 (1 of 2); the reference agrees |" in page
 
 
 def test_a_rubric_is_counted_over_the_verdicts_that_were_read():
     yes, no, lost = (Verdict(satisfied, None) for satisfied in (True, False, None))
-    scores = tuple(RolloutScore(1.0, 0.0, None, verdicts) for verdicts in ((yes, no), (lost, no)))
-    page = group_markdown(scored_group(rubric=Rubric(("is short", "is kind")), scores=scores))
+    rewards = tuple(RolloutReward(1.0, verdicts=verdicts) for verdicts in ((yes, no), (lost, no)))
+    page = group_markdown(rewarded_group(rubric=Rubric(("is short", "is kind")), rewards=rewards))
     assert "| is short | 1 of 1 |" in page
     assert "| is kind | 0 of 2 |" in page
 
 
 def test_what_was_not_judged_is_not_a_zero():
-    group = scored_group(rewards=(None, None), reference=None)
-    assert group_markdown(group).count("not judged") == 2
+    group = rewarded_group(values=(None, None), agrees=(None, None), reference=None)
+    page = group_markdown(group)
+    assert page.count("not judged") == 2
+    assert "| **reference** | none: it has no final answer |" in page
     assert reference_rows([group])[0]["mean reward"] == ""
 
 
 def test_rows_of_references():
-    assert reference_rows([scored_group()]) == [
+    assert reference_rows([rewarded_group()]) == [
         {
             "prompt": "2 + 2",
             "reference": r"\boxed{4}",
             "majority": "4",
             "agrees": "yes",
             "mean reward": 0.5,
-            "scored": "2 of 2",
+            "rewarded": "2 of 2",
         }
     ]
 
@@ -175,7 +197,7 @@ def test_a_cut_cell_says_how_much_there_is():
 
 def test_a_text_cannot_end_its_cell():
     hostile = "1 | 2\n\n# Title\n```\n<script>alert(1)</script> ![](http://example.org)"
-    plain, page = (group_markdown(scored_group(texts=(text, "5"))) for text in ("4", hostile))
+    plain, page = (group_markdown(rewarded_group(texts=(text, "5"))) for text in ("4", hostile))
     assert len(page.splitlines()) == len(plain.splitlines())
     assert r"1 \| 2 \# Title \`\`\` \<script\>alert\(1\)\</script\> \!\[\]\(http://example.org\)" in page
 
@@ -195,16 +217,19 @@ def test_a_summary_is_a_row_per_family_and_figure():
 def test_the_report_of_a_run_has_its_ends_its_checkpoints_and_what_people_say():
     steps = [{"reward/mean": i / 20} for i in range(20)]
     history = [steps[0] | {"selection/score": 0.5}, *steps[1:]]
-    page = run_markdown(history, TrainConfig(steps=30), Accuracy(right=3, wrong=1, unsure=2))
+    page = run_markdown(history, 30, None, Accuracy(right=3, wrong=1, unsure=2))
     assert page.startswith("# 20 of 30 steps")
     assert "| reward/mean | 0.225 | 0.725 |" in page  # the means of 0..9 and of 10..19, in twentieths
     assert "| 1 | 0.500 |" in page
     assert "People found **3 of 4** reviewed references right." in page
-    assert "People" not in run_markdown(history, TrainConfig(steps=30), Accuracy(0, 0, 1))
+    assert "Stopped" not in page
+    assert "People" not in run_markdown(history, 30, None, Accuracy(0, 0, 1))
+    stopped = run_markdown(history, 30, "nothing is left to reconcile", Accuracy(0, 0, 0))
+    assert "**Stopped:** nothing is left to reconcile" in stopped
 
 
 def test_a_person_decides_on_every_reference_as_it_is():
-    page = gate_markdown(4, [scored_group(reference="a | b <b>"), scored_group(reference=None)])
+    page = gate_markdown(4, [rewarded_group(reference="a | b <b>"), rewarded_group(reference=None)])
     head, *_, first, second = page.strip().splitlines()
     assert head == "Step 5: 2 of 2 references"
     assert r"a \| b \<b\>" in first

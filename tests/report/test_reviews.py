@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from cat_grpo.errors import BadInput
 from cat_grpo.report.reviews import Review, accuracy, append_review, latest, read_reviews, wrong_problems
 
 
@@ -63,5 +64,5 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: str, told: str):
     path = tmp_path / "reviews.jsonl"
     append_review(path, review("right"))
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(ValueError, match=rf"reviews\.jsonl:2: {told}"):
+    with pytest.raises(BadInput, match=rf"reviews\.jsonl:2: {told}"):
         read_reviews(path)

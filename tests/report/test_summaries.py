@@ -9,27 +9,38 @@ from cat_grpo.records import (
     Group,
     Problem,
     Reference,
-    RolloutScore,
+    RewardedGroup,
+    RolloutReward,
     Rubric,
-    ScoredGroup,
     Verdict,
 )
-from cat_grpo.run.rundir import RunDir
 from cat_grpo.report.summaries import summarise, summarise_update
+from cat_grpo.run.rundir import RunDir
 
 
 def rollout(num_tokens: int, finish_reason="stop") -> Completion:
     return Completion("text", tuple(range(num_tokens)), (0.0,) * num_tokens, finish_reason)
 
 
-def verifiable(rewards, answers, reference: str | None = "7", majority: str | None = "7") -> ScoredGroup:
+def verifiable(values, answers, reference: str | None = "7", majority: str | None = "7") -> RewardedGroup:
+    """Answers are equal as text."""
     problem = Problem("p", ({"role": "user", "content": "3 + 4?"},), "verifiable")
     rollouts = (rollout(2), rollout(4, "length"))
-    scores = tuple(
-        RolloutScore(reward, 0.0, answer, ()) for reward, answer in zip(rewards, answers, strict=True)
+    rewards = tuple(
+        RolloutReward(value, agrees=None if reference is None else answer == reference, answer=answer)
+        for value, answer in zip(values, answers, strict=True)
     )
-    told = Reference("p", reference, "synthesis", "", 3, "stop", majority, 1)
-    return ScoredGroup(Group(problem, (1,), rollouts), told, None, scores)
+    told = Reference(
+        reference,
+        answer=reference,
+        num_tokens=3,
+        finish_reason="stop",
+        problem_id="p",
+        estimator="synthesis",
+        majority=majority,
+        num_votes=1,
+    )
+    return RewardedGroup(Group(problem, (1,), rollouts), told, None, rewards)
 
 
 def test_a_verifiable_group_by_hand():
@@ -42,6 +53,12 @@ def test_a_verifiable_group_by_hand():
     )
     assert (summary.truncated, summary.abstained, summary.mean_tokens) == (1, 0, 3.0)
     assert (summary.mean_reward, summary.reward_std) == (0.5, 0.5)
+
+
+def test_agreement_is_not_read_off_the_reward():
+    """With 0.9 for the answer and 0.1 for its form no reward is 1."""
+    [summary] = summarise([verifiable((0.9, 0.1), ("7", "8"))])
+    assert (summary.agrees_with_majority, summary.differs_from_all) == (True, False)
 
 
 def test_a_reference_that_no_rollout_has():
@@ -63,9 +80,9 @@ def test_missing_verdicts_are_counted():
     group = verifiable((1.0, 0.5), (None, None))
     problem = Problem("p", group.group.problem.messages, "open")
     verdicts = (Verdict(True, 0.9), Verdict(None, None))
-    scores = tuple(RolloutScore(1.0, 0.0, None, verdicts) for _ in range(2))
-    opened = ScoredGroup(
-        Group(problem, (1,), group.group.rollouts), group.reference, Rubric(("a", "b")), scores
+    rewards = tuple(RolloutReward(1.0, verdicts=verdicts) for _ in range(2))
+    opened = RewardedGroup(
+        Group(problem, (1,), group.group.rollouts), group.reference, Rubric(("a", "b")), rewards
     )
     assert summarise([opened])[0].abstained == 2
 
@@ -73,8 +90,8 @@ def test_missing_verdicts_are_counted():
 @pytest.mark.parametrize("kl", [[], [[0.25, 0.5]]])
 def test_an_update_is_written_beside_its_groups(tmp_path, kl):
     run = RunDir.open(tmp_path / "run", Config(), [])
-    scored = [verifiable((1.0, None), ("7", None))]
-    path = run.write_summaries(3, summarise_update(scored, kl, [[0.9, None]], [[0.0, None]]))
+    rewarded = [verifiable((1.0, None), ("7", None))]
+    path = run.write_summaries(3, summarise_update(rewarded, kl, [[0.9, None]], [[0.0, None]]))
     [row] = pq.read_table(path).to_pylist()
     assert path == run.summaries_file(3)
     assert row["kl"] == (kl[0] if kl else [])

@@ -1,4 +1,4 @@
-"""Figures arrive in the tracker, and a run that goes on is the same run there."""
+"""Figures arrive in the tracker, and a run that is resumed is the same run there."""
 
 import os
 import sqlite3
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cat_grpo.errors import BadInput
 from cat_grpo.report.trackers import open_tracker
 from dashboard import until
 
@@ -66,5 +67,5 @@ def test_trackio(tmp_path: Path):
 
 def test_a_library_that_is_missing_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"^train\.tracker: wandb is not installed: pip install wandb$"):
+    with pytest.raises(BadInput, match=r"^train\.tracker: wandb is not installed: pip install wandb$"):
         open_tracker("wandb", tmp_path, {}, 0)
