@@ -281,7 +281,7 @@ def _check_models(config: Any, *paths: str) -> None:
 
 def _print_plan(config: Any) -> None:
     from cat_grpo.data import load_problems
-    from cat_grpo.plan import plan_markdown
+    from cat_grpo.run.plan import plan_markdown
 
     problems = load_problems(config.data)
     typer.echo(config.model_dump_json(indent=2))

@@ -49,7 +49,7 @@ FLOORS = (
     {"data", "metrics", "settings", "learner"},
     {"engines"},
     {"method"},
-    {"evaluation", "lab", "plan", "report"},
+    {"evaluation", "lab", "report"},
     {"run"},
     {"inspector", "library"},
     {"cli"},

@@ -53,7 +53,7 @@ async def open_roles(config: Config, live: HFEngine, secrets: Secrets) -> Engine
     policies = [] if config.model.engine == "hf" else [(config.model, lora_rank)]
     anchor = config.anchor or (None if lora_rank else config.model)
     others = [(model, 0) for model in (anchor, config.judge) if model]
-    learner = live.model.num_parameters() * (HALF if lora_rank else TRAINED // config.learner.num_ranks)
+    learner = live.model.num_parameters() * (HALF if lora_rank else TRAINED) // config.learner.num_ranks
     opened = iter(await _open_all([*policies, *others], secrets, learner))
     policy = next(opened) if policies else live
     frozen = next(opened) if anchor else policy.without_adapters()

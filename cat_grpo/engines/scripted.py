@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cat_grpo.engines import Sampling
+from cat_grpo.errors import BadInput
 from cat_grpo.records import Completion, Generation, LabelRead, Messages
 
 
@@ -32,7 +33,7 @@ class ScriptedEngine:
 
     async def read_labels(self, prompts: Sequence[Messages], labels: Sequence[str]) -> list[LabelRead]:
         if len({label.encode()[:1] for label in labels}) < len(labels):
-            raise ValueError(f"labels {tuple(labels)} begin with the same token")
+            raise BadInput(f"labels {tuple(labels)} begin with the same token")
         return [LabelRead(tuple(self._label_probabilities(m[-1]["content"], labels))) for m in prompts]
 
     async def logprobs(

@@ -129,7 +129,7 @@ async def test_adapters_are_no_model_to_start_from(tmp_path: Path):
     learner, tokenizer = trained()
     folder = Checkpoints(tmp_path).save(3, learner, tokenizer, {}, best=True)
     config = load_config("lab-verifiable", None, [f"model.path={folder}"])
-    with pytest.raises(BadInput, match="is adapters: cat-grpo export makes a model of them"):
+    with pytest.raises(BadInput, match="has only adapters: cat-grpo export merges them"):
         async with open_loop(config, tmp_path / "run"):
             pass
 

@@ -3,8 +3,8 @@
 import pytest
 
 from cat_grpo.config import Config
-from cat_grpo.plan import StagePlan, plan, plan_markdown
 from cat_grpo.records import Problem
+from cat_grpo.run.plan import StagePlan, plan, plan_markdown
 from cat_grpo.settings import load_config
 
 
