@@ -52,7 +52,7 @@ serve: .venv/.installed ## The dashboard on http://127.0.0.1:4200: schedule, wat
 
 test: .venv/.installed-dev .venv-vllm/.installed chromium lint ## Lint, format check, types, then every test
 	$(BIN)/python -m pytest -n $$($(BIN)/python -c 'import os; print(os.cpu_count() + 1)') $(AT_ONCE)
-	$(VLLM_BIN)/python -m pytest -n auto $(AT_ONCE) -m vllm -W default $$(grep -l mark.vllm tests/test_*.py)
+	$(VLLM_BIN)/python -m pytest -n auto $(AT_ONCE) -m vllm -W default $$(grep -rl mark.vllm tests --include 'test_*.py')
 
 lint: .venv/.installed-dev ## Only the static checks
 	$(BIN)/ruff check --no-cache .
