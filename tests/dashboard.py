@@ -113,6 +113,10 @@ class Served:
     def cancel(self, flow_run: str) -> None:
         self.post(f"flow_runs/{flow_run}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
 
+    def suspend(self, flow_run: str) -> None:
+        """As *Pause* in the dashboard does."""
+        self.post(f"flow_runs/{flow_run}/set_state", state={"type": "PAUSED", "name": "Suspended"})
+
     def log(self, name: str) -> str:
         return (self.folder / "prefect" / "cat-grpo" / f"{name}.log").read_text()[-5000:]
 

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import httpx
 
-from cat_grpo.settings import load_config
-from cat_grpo.records import Completion, Group, Problem, Reference, RolloutScore, ScoredGroup
-from cat_grpo.run.rundir import RunDir
+from cat_grpo.records import Completion, Group, Problem, Reference, RewardedGroup, RolloutReward
 from cat_grpo.report.summaries import summarise_update
+from cat_grpo.run.rundir import RunDir
+from cat_grpo.settings import load_config
 
 NUM_STEPS, NUM_GROUPS, GROUP_SIZE = 50, 10_000, 8
 SHARD_SIZE = 1_000
@@ -46,7 +46,7 @@ PAGES = {
 }
 
 
-def scripted(i: int, draw: random.Random) -> ScoredGroup:
+def scripted(i: int, draw: random.Random) -> RewardedGroup:
     """A group whose texts are of ordinary length; every hundredth prompt has a rare word."""
     rare = " quokka" if i % 100 == 0 else ""
     problem = Problem(f"p{i}", ({"role": "user", "content": f"{i}: {prose(draw, 60)}{rare}"},), "verifiable")
@@ -61,10 +61,21 @@ def scripted(i: int, draw: random.Random) -> ScoredGroup:
     right = str(draw.randrange(4))
     text = f"{prose(draw, 60)} \\boxed{{{right}}}"
     reference = Reference(
-        problem.id, text, "synthesis", prose(draw, 900), 80, "stop", majority, answers.count(majority)
+        text,
+        answer=right,
+        written=text,
+        prompt=prose(draw, 900),
+        num_tokens=80,
+        finish_reason="stop",
+        problem_id=problem.id,
+        estimator="synthesis",
+        majority=majority,
+        num_votes=answers.count(majority),
     )
-    scores = tuple(RolloutScore(float(answer == right), 0.0, answer, ()) for answer in answers)
-    return ScoredGroup(Group(problem, tokens[:60], rollouts), reference, None, scores)
+    rewards = tuple(
+        RolloutReward(float(answer == right), agrees=answer == right, answer=answer) for answer in answers
+    )
+    return RewardedGroup(Group(problem, tokens[:60], rollouts), reference, None, rewards)
 
 
 def prose(draw: random.Random, num_words: int) -> str:
@@ -78,20 +89,19 @@ def make_run(path: Path) -> None:
     summaries, ones = [], [[1.0] * GROUP_SIZE] * SHARD_SIZE
     for shard in range(NUM_GROUPS // SHARD_SIZE):
         first = shard * SHARD_SIZE
-        scored = [scripted(i, draw) for i in range(first, first + SHARD_SIZE)]
-        run.write_groups(0, shard, [group.group for group in scored])
-        run.write_references(0, shard, [group.reference for group in scored])
-        run.write_scores(0, shard, scored)
-        rows = summarise_update(scored, [], ones, ones)
+        rewarded = [scripted(i, draw) for i in range(first, first + SHARD_SIZE)]
+        run.write_groups(0, shard, [group.group for group in rewarded])
+        run.write_references(0, shard, [group.reference for group in rewarded])
+        run.write_rewards(0, shard, rewarded)
+        rows = summarise_update(rewarded, [], ones, ones)
         summaries += [replace(row, group=first + row.group) for row in rows]
     run.write_summaries(0, summaries)
     for step in range(1, NUM_STEPS):
         run.step_folder(step).mkdir()
         for file in run.step_folder(0).iterdir():
             os.link(file, run.step_folder(step) / file.name)
-    run.write_metrics(
-        [{"step": float(step), "reward/mean": 0.25, "reward/std": 0.4} for step in range(NUM_STEPS)]
-    )
+    for step in range(NUM_STEPS):
+        run.add_metrics({"step": float(step), "reward/mean": 0.25, "reward/std": 0.4})
 
 
 def serve(runs: Path) -> tuple[subprocess.Popen, str]:

@@ -20,15 +20,15 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from cat_grpo.config import ModelConfig, RewardConfig, VLLMConfig
+from cat_grpo.config import Config, ModelConfig, VLLMConfig
 from cat_grpo.engines import Engine, Sampling
 from cat_grpo.engines.metered import Meter
 from cat_grpo.engines.vllm import VLLMEngine
 from cat_grpo.lab.corpus import note
 from cat_grpo.lab.problems import POINTS
-from cat_grpo.method.prompts import render
-from cat_grpo.records import Messages, Verdict
-from cat_grpo.method.rewards.rubric import VERDICT_MAX_TOKENS, judge_criteria
+from cat_grpo.method.prompts import ask, render
+from cat_grpo.method.rewards.judge import VERDICT_MAX_TOKENS, judge_criteria
+from cat_grpo.records import Verdict
 
 WAYS = {
     "labels, shared prefixes": (0, True),
@@ -78,7 +78,7 @@ async def timed(engine: Engine, asked: Sequence[tuple[str, str]], max_tokens: in
     if max_tokens:
         times.verdicts += await generated(asked, meter.on(engine), max_tokens)
     else:
-        times.verdicts += await judge_criteria(asked, meter.on(engine), RewardConfig(), "lab")
+        times.verdicts += await judge_criteria(asked, meter.on(engine), Config(prompts="lab"))
     times.seconds.append(time.monotonic() - started)
     times.computed_tokens.append(
         sum(u.prompt_tokens - u.cached_tokens + u.completion_tokens for u in meter.used)
@@ -86,8 +86,8 @@ async def timed(engine: Engine, asked: Sequence[tuple[str, str]], max_tokens: in
 
 
 async def generated(asked: Sequence[tuple[str, str]], engine: Engine, max_tokens: int) -> list[Verdict]:
-    prompts: list[Messages] = [
-        [{"role": "user", "content": render("lab", "judge_label", rollout=rollout, criterion=criterion)}]
+    prompts = [
+        ask(render("lab", "judge_label", rollout=rollout, criterion=criterion))
         for rollout, criterion in asked
     ]
     generations = await engine.generate(prompts, Sampling(max_tokens, temperature=0.0))

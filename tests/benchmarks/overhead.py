@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,30 +68,26 @@ class Clock(logging.Handler):
 
 
 async def bare(preset: str, overrides: list[str], run: Path) -> list[float]:
-    from cat_grpo.run.opening import open_loop
+    from cat_grpo.run.train import train
     from cat_grpo.settings import load_config
-    from cat_grpo.run.stopping import alarm
-    from cat_grpo.run.step import train_step
 
-    loop = await open_loop(load_config(preset, None, overrides), run)
-    seconds = []
-    for step in range(loop.next_step, loop.config.train.steps):
-        started = time.monotonic()
-        await train_step(loop, step)
-        alarm(loop.run.metrics(), loop.config.train)
-        seconds.append(time.monotonic() - started)
-    await loop.close()
-    return seconds[1:]
+    return await timed(train(load_config(preset, None, overrides), run))
 
 
 async def orchestrated(preset: str, overrides: list[str], run: Path) -> list[float]:
     from cat_grpo.settings import load_config
     from flows.train import train
 
-    clock = Clock()
-    logging.getLogger("flows").addHandler(clock)
-    await train(load_config(preset, None, overrides), str(run))
-    logging.getLogger("flows").removeHandler(clock)
+    return await timed(train(load_config(preset, None, overrides), str(run)))
+
+
+async def timed(training: Awaitable[object]) -> list[float]:
+    """Seconds of each of its steps but the first."""
+    clock, logger = Clock(), logging.getLogger("cat_grpo.run.train")
+    logger.addHandler(clock)
+    logger.setLevel(logging.INFO)
+    await training
+    logger.removeHandler(clock)
     return clock.seconds
 
 

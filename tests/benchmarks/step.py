@@ -30,19 +30,18 @@ from judge import Judge, generated
 
 from cat_grpo.config import ModelConfig, VLLMConfig
 from cat_grpo.data import load_problems
-from cat_grpo.engines import Sampling, together
+from cat_grpo.engines import Engines, Sampling, together
 from cat_grpo.engines.vllm import VLLMEngine
+from cat_grpo.files import seed_of
 from cat_grpo.lab.problems import labelled_rows
+from cat_grpo.method import cat
+from cat_grpo.method.rewards.judge import VERDICT_MAX_TOKENS
+from cat_grpo.records import Group, Problem, Reference, RewardedGroup
+from cat_grpo.run.observing import Observer
 from cat_grpo.run.opening import open_loop
+from cat_grpo.run.step import run_step
 from cat_grpo.settings import load_config
-from cat_grpo.records import Group, Problem, Reference, ScoredGroup
-from cat_grpo.method.references import estimate_references
-from cat_grpo.method.rewards import score_groups
-from cat_grpo.method.rollouts import generate_rollouts
-from cat_grpo.method.rewards.rubric import VERDICT_MAX_TOKENS
-from cat_grpo.run.rundir import seed_of
 from cat_grpo.shipped import shipped
-from cat_grpo.run.step import train_step
 
 LAB = str(shipped("data", "lab", "model"))
 GROUP_SIZE = 8
@@ -114,6 +113,7 @@ async def streaming(
     """Seconds of the two, by round."""
     engine = Ragged.open(ModelConfig(path="lab", engine="vllm", device="cpu"))
     engine.mean, engine.spread = ragged
+    engines = Engines(engine, engine, engine)
     lengths = [f"{key}={max_tokens}" for key in ("rollout.max_tokens", "reference.max_tokens")]
     overrides = [*lengths, f"reward.rubric_max_tokens={max_tokens}", f"rollout.group_size={group_size}"]
     config = load_config("lab-open", None, ["model.engine=vllm", *overrides])
@@ -123,29 +123,28 @@ async def streaming(
     async def rollouts(shard: Sequence[Problem], seed: int) -> list[Group]:
         AT.set(("rollouts", shard[0].id))
         seeds = [seed_of(seed, 0, "rollouts", problem.id) for problem in shard]
-        return await generate_rollouts(shard, engine, config.rollout, config.prompts, seeds)
+        return await cat.explore(shard, engines, config, seeds)
 
     async def references(groups: Sequence[Group], seed: int) -> Referred:
         AT.set(("references", groups[0].problem.id))
         seeds = [seed_of(seed, 0, "references", group.problem.id) for group in groups]
-        reward, prompts = config.reward, config.prompts
-        made = estimate_references(groups, engine, config.reference, reward.equivalence, prompts, seeds)
-        return groups, await made
+        return groups, await cat.estimate(groups, engines, config, seeds)
 
-    async def scores(referred: Referred) -> list[ScoredGroup]:
-        AT.set(("scores", referred[0][0].problem.id))
-        return await score_groups(*referred, engine, engine, config.reward, config.prompts)
+    async def rewards(referred: Referred, seed: int) -> list[RewardedGroup]:
+        AT.set(("rewards", referred[0][0].problem.id))
+        seeds = [seed_of(seed, 0, "rewards", group.problem.id) for group in referred[0]]
+        return await cat.derive(*referred, engines, config, seeds)
 
-    async def sharded(shards: Sequence[Sequence[Problem]], seed: int) -> list[list[ScoredGroup]]:
-        async def walk(shard: Sequence[Problem]) -> list[ScoredGroup]:
-            return await scores(await references(await rollouts(shard, seed), seed))
+    async def sharded(shards: Sequence[Sequence[Problem]], seed: int) -> list[list[RewardedGroup]]:
+        async def walk(shard: Sequence[Problem]) -> list[RewardedGroup]:
+            return await rewards(await references(await rollouts(shard, seed), seed), seed)
 
         return await together(walk(shard) for shard in shards)
 
-    async def staged(shards: Sequence[Sequence[Problem]], seed: int) -> list[list[ScoredGroup]]:
+    async def staged(shards: Sequence[Sequence[Problem]], seed: int) -> list[list[RewardedGroup]]:
         groups = await together(rollouts(shard, seed) for shard in shards)
         referred = await together(references(shard, seed) for shard in groups)
-        return await together(scores(shard) for shard in referred)
+        return await together(rewards(shard, seed) for shard in referred)
 
     ways = {"sharded": sharded, "stage after stage": staged}
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -179,33 +178,27 @@ async def streaming(
 async def whole(rounds: int) -> dict[str, Any]:
     """Seconds of a step of ours and of one of TRL's, which take turns."""
     ours: list[float] = []
+    overrides = ["model.engine=vllm", "model.device=cpu", "train.steps=99"]
+    config, uncached = load_config("lab-open", None, overrides), {"enable_prefix_caching": False}
     with tempfile.TemporaryDirectory() as folder:
-        overrides = ["model.engine=vllm", "model.device=cpu", "train.steps=99"]
-        loop = await open_loop(load_config("lab-open", None, overrides), Path(folder) / "run")
-        judge = Judge.open(
-            ModelConfig(
-                path="lab",
-                engine="vllm",
-                device="cpu",
-                vllm=VLLMConfig(engine_args={"enable_prefix_caching": False}),
-            )
-        )
-        here = asyncio.get_running_loop()
+        async with open_loop(config, Path(folder) / "run") as loop:
+            vllm = VLLMConfig(engine_args=uncached)
+            judge = Judge.open(ModelConfig(path="lab", engine="vllm", device="cpu", vllm=vllm))
+            here = asyncio.get_running_loop()
 
-        def verdicts(asked: Sequence[tuple[str, str]]) -> list[bool | None]:
-            answer = asyncio.run_coroutine_threadsafe(
-                generated(asked, judge, VERDICT_MAX_TOKENS), here
-            ).result()
-            return [verdict.satisfied for verdict in answer]
+            def verdicts(asked: Sequence[tuple[str, str]]) -> list[bool | None]:
+                asking = generated(asked, judge, VERDICT_MAX_TOKENS)
+                answer = asyncio.run_coroutine_threadsafe(asking, here).result()
+                return [verdict.satisfied for verdict in answer]
 
-        def step_of_ours() -> None:
-            started = time.monotonic()
-            asyncio.run_coroutine_threadsafe(train_step(loop, len(ours)), here).result()
-            ours.append(time.monotonic() - started)
+            def step_of_ours() -> None:
+                started = time.monotonic()
+                step = run_step(loop, len(ours), Observer())
+                loop.history.append(asyncio.run_coroutine_threadsafe(step, here).result())
+                ours.append(time.monotonic() - started)
 
-        theirs = await asyncio.to_thread(trl_steps, Path(folder), rounds + 1, verdicts, step_of_ours)
-        await loop.close()
-        await judge.close()
+            theirs = await asyncio.to_thread(trl_steps, Path(folder), rounds + 1, verdicts, step_of_ours)
+            await judge.close()
     pairs = list(zip(ours, theirs, strict=True))[1:]
     return {
         "seconds": {"ours": [a for a, _ in pairs], "TRL": [b for _, b in pairs]},

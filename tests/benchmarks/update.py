@@ -34,8 +34,8 @@ from workloads import (
     useful_flops,
 )
 
-from cat_grpo.learner.batches import Batch, TrainingRow
 from cat_grpo.config import LearnerConfig
+from cat_grpo.learner.batches import Batch, TrainingRow
 from cat_grpo.learner.learner import Learner
 
 
@@ -187,7 +187,7 @@ def check_parity(shape: str, device: str) -> float:
 def best_setting(shape: str, device: str, rows: Sequence[TrainingRow]) -> tuple[int, bool]:
     """TRL's fastest micro-batch, and whether with checkpointing."""
     times = {}
-    for micro_batch in (m for m in (4, 8, 16, 32, 64) if m <= len(rows)):
+    for micro_batch in (m for m in (4, 8, 16, 32, 64) if len(rows) % m == 0):
         for checkpointing in (False, True):
             try:
                 steps, _ = trl_steps(random_model(shape, device), rows, micro_batch, checkpointing, 2)
@@ -257,15 +257,24 @@ def peak_alone(*arguments: object) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def growth(shape: str, device: str, num_rollouts: int) -> float:
-    """The slope of log update time over log tokens, from an eighth of the rollouts to all of them."""
+def whole_groups(rollouts: int) -> int:
+    """At least so many rollouts, in groups of GROUP_SIZE: a part of a group is no group."""
+    return GROUP_SIZE * max(1, math.ceil(rollouts / GROUP_SIZE))
+
+
+def growth(shape: str, device: str, num_rollouts: int) -> float | None:
+    """The slope of log update time over log tokens, from an eighth of the groups to all of them.
+
+    None of a single group, which has no slope.
+    """
     points = []
-    for n in (num_rollouts // 8, num_rollouts // 4, num_rollouts // 2, num_rollouts):
-        rows = random_rows(WORKLOADS["R"], n, SHAPES[shape]["vocab_size"])
+    num_groups = num_rollouts // GROUP_SIZE
+    for n in sorted({max(1, num_groups // part) for part in (8, 4, 2, 1)}):
+        rows = random_rows(WORKLOADS["R"], n * GROUP_SIZE, SHAPES[shape]["vocab_size"])
         ours = Ours(random_model(shape, device), rows, PACK_TOKENS[device])
         median = statistics.median(seconds(ours) for _ in range(4))
         points.append((math.log(sum(len(row.token_ids) for row in rows)), math.log(median)))
-    return statistics.linear_regression(*zip(*points, strict=True)).slope
+    return statistics.linear_regression(*zip(*points, strict=True)).slope if len(points) > 1 else None
 
 
 INTRO = """# The update, beside TRL's
@@ -299,10 +308,11 @@ def table(report: dict) -> str:
     """The report as a markdown table."""
     rows = [[name for name, _ in COLUMNS], ["---"] * len(COLUMNS)]
     rows += [[form.format(**row) for _, form in COLUMNS] for row in report["workloads"]]
+    slope = "none" if report["growth"] is None else f"{report['growth']:.2f}"
     lines = [
         "{date}, {machine}, {shape}, {rollouts} rollouts, {versions}.".format(**report),
         "Largest relative difference of a gradient: {gradient_gap:.1e}. "
-        "Slope of log time over log tokens: {growth:.2f}.".format(**report),
+        "Slope of log time over log tokens: {slope}.".format(**report, slope=slope),
         "",
         *("| " + " | ".join(row) + " |" for row in rows),
     ]
@@ -321,7 +331,7 @@ def versions() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--rollouts", type=int, default=64)
+    parser.add_argument("--rollouts", type=int, default=64, help="made up to whole groups of 8")
     parser.add_argument("--steps", type=int, default=5, help="timed ones")
     parser.add_argument("--workloads", nargs="*", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--out", type=Path, help="a .json; the table goes beside it as .md")
@@ -330,19 +340,19 @@ def main() -> None:
     if arguments.peak:
         print(peak_bytes(*json.loads(arguments.peak)))
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, num_rollouts = "cuda" if torch.cuda.is_available() else "cpu", whole_groups(arguments.rollouts)
     flops = measured_flops(device)
     report = {
         "date": date.today().isoformat(),
         "machine": machine(device),
         "shape": arguments.shape,
-        "rollouts": arguments.rollouts,
+        "rollouts": num_rollouts,
         "versions": versions(),
         "ceiling_flops": flops,
         "gradient_gap": check_parity(arguments.shape, device),
-        "growth": growth(arguments.shape, device, arguments.rollouts),
+        "growth": growth(arguments.shape, device, num_rollouts),
         "workloads": [
-            compare(name, arguments.shape, device, arguments.rollouts, arguments.steps, flops)
+            compare(name, arguments.shape, device, num_rollouts, arguments.steps, flops)
             for name in arguments.workloads
         ],
     }

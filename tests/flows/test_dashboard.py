@@ -102,7 +102,7 @@ def test_a_run_from_the_form_to_a_reviewed_reference(served: Served, page: Any):
         (step, i)
         for step in (0, 1)
         for i, group in enumerate(RunDir(folder).read_step(step))
-        if group.reference.text and all(score.reward == 0.0 for score in group.scores)
+        if group.reference.text and not any(reward.agrees for reward in group.rewards)
     ]
     step = int(re.search(r"/step/(\d+)", page.url).group(1))  # type: ignore[union-attr]
     here = [i for at, i in found if at == step]
@@ -126,7 +126,7 @@ def test_a_run_from_the_form_to_a_reviewed_reference(served: Served, page: Any):
     ]
 
 
-def test_a_run_is_paused_resumed_cancelled_and_goes_on(served: Served, page: Any):
+def test_a_run_is_paused_and_resumed_and_cancelled_and_resumed_by_the_next(served: Served, page: Any):
     folder = served.folder / "runs" / "second"
     start_from_form(page, served, "runs/second", 500)
     until(lambda: num_steps(folder) >= 2, "two steps")
@@ -179,7 +179,7 @@ def test_a_schedule_from_the_dialog_starts_runs_until_it_is_switched_off(served:
     until(lambda: states(served, "runs/scheduled") <= ENDED, "all end")
     runs = served.runs_in("runs/scheduled")
     assert {(run["state"]["name"], run["auto_scheduled"]) for run in runs} == {("Completed", True)}
-    assert num_steps(folder) == len(runs)  # each goes on where the last one stopped
+    assert num_steps(folder) == len(runs)  # each resumes where the last one stopped
     served.patch(f"deployments/{deployment['id']}", parameters=deployment["parameters"])
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,26 +20,29 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import State
 from prefect.testing.utilities import prefect_test_harness
 
-import cat_grpo.run.step
+import cat_grpo.run.synthesize
 import flows.artifacts
-import flows.synthesize
 from cat_grpo.config import BudgetConfig, Config, ModelConfig, ServerConfig
-from cat_grpo.run.order import Change, read_changes
-from cat_grpo.settings import load_config
+from cat_grpo.errors import BadInput
+from cat_grpo.method import cat
 from cat_grpo.records import Problem
 from cat_grpo.report.reviews import REVIEWS, Review, append_review, now
+from cat_grpo.run.order import Change, read_changes
 from cat_grpo.run.rundir import RunDir
 from cat_grpo.run.tables import Row
+from cat_grpo.run.train import spent
+from cat_grpo.settings import load_config
 from flows.artifacts import artifact_key, inspector_link
 from flows.demo import make_room
 from flows.evaluate import evaluate
 from flows.secrets import read_secrets
 from flows.synthesize import synthesize
-from flows.train import spent, train
+from flows.train import train
 
 Tiny = Callable[..., Config]
 
-STAGES = ("rollouts", "references", "scores")
+PATIENCE_S = 60
+STAGES = ("rollouts", "references", "rewards")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,16 +60,21 @@ def tiny() -> Tiny:
 
 
 async def run_of(state: State, num_tasks: int) -> dict[str, Any]:
-    """What Prefect's server knows of a flow run: its tasks by name with their states, and its artifacts."""
+    """What Prefect's server knows of a flow run: its tasks by name with their states, and its artifacts.
+
+    The server learns of tasks by events, a little late: so it is asked until so many have ended.
+    """
     flow_run_id = state.state_details.flow_run_id
     assert flow_run_id
+    of_run = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
+    deadline = time.monotonic() + PATIENCE_S
     async with get_client() as client:
-        for _ in range(100):  # the server learns of tasks by events, a little late
-            tasks = await client.read_task_runs(
-                flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
-            )
+        while True:
+            tasks = await client.read_task_runs(flow_run_filter=of_run)
             if len(tasks) >= num_tasks and all(task.state and task.state.is_final() for task in tasks):
                 break
+            seen = {task.name: task.state_name for task in tasks}
+            assert time.monotonic() < deadline, f"{num_tasks} tasks have not ended, but: {seen}"
             await asyncio.sleep(0.1)
         artifacts = await client.read_artifacts(
             artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
@@ -131,19 +140,47 @@ async def test_a_failing_stage_fails_the_run_and_leaves_nothing_half_made(
     async def fail(*_: object) -> None:
         raise ArithmeticError("the loss is nan")
 
-    monkeypatch.setattr(cat_grpo.run.step, "score_groups", fail)
+    monkeypatch.setattr(cat, "derive", fail)
     state = await train(tiny(), str(tmp_path / "run"), return_state=True)
     assert state.is_failed()
     assert state.message and state.message.endswith("ArithmeticError: the loss is nan")
     seen = await run_of(state, num_tasks=3)
-    assert "Failed" in seen["tasks"].values()
-    assert "update-000000" not in seen["tasks"]
-    assert not list((tmp_path / "run").rglob("scores-*"))
+    assert sorted(seen["tasks"]) == sorted(f"{stage}-000000" for stage in STAGES)
+    assert seen["tasks"]["rewards-000000"] == "Failed"
+    assert not list((tmp_path / "run").rglob("rewards-*"))
     assert not temporary_files(tmp_path / "run")
 
     monkeypatch.undo()
     await train(tiny(), str(tmp_path / "run"))
     assert len(RunDir(tmp_path / "run").metrics()) == 2
+
+
+async def test_a_shard_that_fails_while_another_is_ahead_fails_the_run_at_once(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A stage that one shard has left, and the other never comes to, has ended too."""
+    explore, first_is_ahead = cat.explore, asyncio.Event()
+    explored: list[object] = []
+
+    async def fail_the_second(*asked: Any) -> Any:
+        explored.append(asked)
+        if len(explored) == 1:
+            return await explore(*asked)
+        await first_is_ahead.wait()
+        raise ArithmeticError("the second shard")
+
+    async def wait_for_ever(*_: Any) -> None:
+        first_is_ahead.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(cat, "explore", fail_the_second)
+    monkeypatch.setattr(cat, "derive", wait_for_ever)
+    run = train(tiny(), str(tmp_path / "run"), return_state=True)
+    state = await asyncio.wait_for(run, PATIENCE_S)
+    assert state.is_failed()
+    assert state.message and state.message.endswith("ArithmeticError: the second shard")
+    seen = await run_of(state, num_tasks=3)
+    assert "Completed" not in seen["tasks"].values()
 
 
 async def test_an_alarm_stops_the_run_for_good(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -197,7 +234,7 @@ async def test_synthesize_writes_a_row_per_problem(tiny: Tiny, tmp_path: Path, s
 async def test_the_next_references_begin_before_the_last_are_there(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    fifth_has_begun, rows_of = asyncio.Event(), flows.synthesize._rows
+    fifth_has_begun, rows_of = asyncio.Event(), cat_grpo.run.synthesize._rows
 
     async def rows_once_the_fifth_has_begun(problems: Sequence[Problem], *rest: Any) -> list[Row]:
         if problems[0].id == "4":
@@ -205,14 +242,14 @@ async def test_the_next_references_begin_before_the_last_are_there(
         await asyncio.wait_for(fifth_has_begun.wait(), timeout=60)
         return await rows_of(problems, *rest)
 
-    monkeypatch.setattr(flows.synthesize, "_rows", rows_once_the_fifth_has_begun)
+    monkeypatch.setattr(cat_grpo.run.synthesize, "_rows", rows_once_the_fifth_has_begun)
     prompts, data = five_sums(tmp_path)
     out = await synthesize(tiny(data), str(tmp_path / "out.jsonl"))
     assert [json.loads(line)["prompt"] for line in Path(out).read_text().splitlines()] == prompts
 
 
 async def test_synthesize_refuses_another_format_before_any_work(tiny: Tiny, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"out\.csv: expected a name that ends in"):
+    with pytest.raises(BadInput, match=r"out\.csv: expected a name that ends in"):
         await synthesize(tiny(), str(tmp_path / "out.csv"))
 
 
@@ -262,7 +299,7 @@ async def test_a_key_in_a_block_is_read_for_the_flow_alone(tmp_path: Path):
 async def test_a_block_that_is_not_there_is_one_line():
     server = ServerConfig(urls=("http://x/v1",), api_key="prefect:no-such-block")
     config = Config(judge=ModelConfig(path="m", engine="openai", server=server))
-    with pytest.raises(ValueError, match=r"server\.api_key: prefect:no-such-block: there is no such"):
+    with pytest.raises(BadInput, match=r"server\.api_key: prefect:no-such-block: there is no such"):
         await read_secrets(config)
 
 

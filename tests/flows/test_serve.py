@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
-from cat_grpo import presets
+import cat_grpo
 from cat_grpo.config import Config
-from cat_grpo.settings import preset_names
+from cat_grpo.errors import BadInput
 from cat_grpo.run.rundir import RunDir
+from cat_grpo.settings import preset_names
 from cat_grpo.shipped import shipped
 from dashboard import PATIENCE_S, Served, num_steps, two_free_ports, until
 from flows.deployments import silent_runs_crash
@@ -59,7 +60,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, postgres: str | None) -> It
 
 def test_every_preset_is_a_deployment_with_just_its_own_values():
     plan = yaml.safe_load(shipped("prefect.yaml").read_text())
-    folder = Path(presets.__file__).parent
+    folder = Path(cat_grpo.__file__).parent / "presets"
     trained = {each["name"]: each for each in plan["deployments"] if "train" in each["tags"]}
     assert sorted(trained) == preset_names()
     for name, deployment in trained.items():
@@ -90,14 +91,14 @@ def test_a_port_that_is_taken_is_one_line(tmp_path: Path):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(ValueError, match=f"port {port} of 127.0.0.1 is not to be had: Address already"):
+        with pytest.raises(BadInput, match=f"port {port} of 127.0.0.1 is not available: Address already"):
             serve(tmp_path, port=port)
-        with pytest.raises(ValueError, match=f"port {port} of"):  # the inspector's
+        with pytest.raises(BadInput, match=f"port {port} of"):  # the inspector's
             serve(tmp_path, port=port - 1)
 
 
 def test_nobody_else_is_let_in_without_a_password(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"--host 0\.0\.0\.0: who reaches the server runs code here"):
+    with pytest.raises(BadInput, match=r"--host 0\.0\.0\.0: whoever reaches the server can run code here"):
         serve(tmp_path, host="0.0.0.0")
 
 
@@ -118,7 +119,7 @@ def test_the_one_setting_is_the_database(served: Served, postgres: str | None):
     assert not list((served.folder / "prefect").glob("prefect.db*"))
 
 
-def test_a_cancelled_run_ends_and_the_one_that_waited_goes_on(served: Served):
+def test_a_cancelled_run_ends_and_the_one_that_waited_resumes_it(served: Served):
     folder = served.folder / "runs" / "first"
     first = served.run("runs/first")
     until(lambda: num_steps(folder) >= 2, "two steps")
@@ -153,7 +154,22 @@ def test_a_run_that_fails_is_tried_once_more_from_its_last_step_on(served: Serve
     assert num_steps(folder) == 3  # each try has the whole budget
 
 
-def test_when_worker_and_run_are_killed_all_ends_and_a_new_start_goes_on(served: Served):
+def test_a_run_that_is_suspended_ends_its_process_and_is_resumed(served: Served):
+    folder = served.folder / "runs" / "suspended"
+    suspended = served.run("runs/suspended")
+    until(lambda: num_steps(folder) >= 1, "a step")
+    served.suspend(suspended)
+    until(lambda: not served.engines(), "the process ends, and its GPU is free")
+    assert served.state(suspended) == "Suspended"
+    done = RunDir(folder).metrics()
+    served.post(f"flow_runs/{suspended}/resume")
+    until(lambda: num_steps(folder) > len(done), "another step")
+    assert RunDir(folder).metrics()[: len(done) - 1] == done[:-1]
+    served.cancel(suspended)
+    served.wait(suspended, "Cancelled")
+
+
+def test_when_worker_and_run_are_killed_all_ends_and_a_new_start_resumes_it(served: Served):
     served.post("automations/", **silent_runs_crash(4).model_dump(mode="json"))  # and not after 90 s
     before = served.deployments()
     [weekly] = before["held-out"]["schedules"]

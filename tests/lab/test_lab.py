@@ -2,21 +2,24 @@
 that is held to the words and the program that it was made with."""
 
 import json
+import logging
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from itertools import combinations, islice
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 
-from cat_grpo.method.answers import extract_answer
 from cat_grpo.evaluation import load_labelled
-from cat_grpo.lab import corpus, problems
+from cat_grpo.lab import build, corpus, problems
+from cat_grpo.method.answers import extract_answer
+from cat_grpo.method.cat import templates
+from cat_grpo.method.prompts import render, set_folder, template_hashes
+from cat_grpo.method.rewards.parsing import parse_rubric, parse_verdict
 from cat_grpo.settings import load_config
-from cat_grpo.method.prompts import prompt_hashes, render
-from cat_grpo.method.rewards.rubric import parse_rubric, parse_verdict
 from cat_grpo.shipped import shipped
 
 KINDS = ("verifiable", "open")
@@ -137,9 +140,7 @@ def test_the_shipped_held_out_file_has_gold_and_other_problems(kind, gold):
 
 
 def test_the_shipped_files_are_what_the_program_writes(tmp_path):
-    from cat_grpo.lab.build import write_problem_files
-
-    write_problem_files(tmp_path)
+    build.write_problem_files(tmp_path)
     written = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.jsonl"))
     assert len(written) == 4
     for path in written:
@@ -344,9 +345,15 @@ def test_every_prompt_goes_through_the_templates_of_the_product(job):
 
 
 def test_every_template_is_taught():
-    from cat_grpo.method.prompts import TEMPLATES
+    assert {job.__name__ for job in corpus.JOBS} >= set(corpus.TEMPLATES)
+    assert {file.stem for file in set_folder("lab").iterdir()} == set(corpus.TEMPLATES)
 
-    assert {job.__name__ for job in corpus.JOBS} >= set(TEMPLATES)
+
+@pytest.mark.parametrize("verdict", ["label", "xml"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_run_of_the_lab_asks_is_taught(kind, verdict):
+    config = load_config(f"lab-{kind}", overrides=[f"reward.verdict={verdict}"])
+    assert set(templates(config, [kind])) <= set(corpus.TEMPLATES)
 
 
 def test_groups_of_every_size_are_shown():
@@ -369,7 +376,8 @@ def tokenizer(lab_model):
 
 def test_the_model_is_held_to_the_prompts_that_it_was_trained_with(lab_model):
     card = json.loads((lab_model / "cat_grpo.json").read_text())
-    assert card["prompt_hashes"] == prompt_hashes("lab"), "prompts/lab has changed: build the lab again"
+    now = template_hashes("lab", corpus.TEMPLATES)
+    assert card["prompt_hashes"] == now, "prompts/lab has changed: build the lab again"
 
 
 def test_the_model_brings_the_settings_to_ask_it_with(lab_model):
@@ -410,37 +418,48 @@ def test_prompts_and_completions_are_short(tokenizer):
 # The build
 
 
-def test_a_build_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
-    from cat_grpo.lab import build
+class Progress(logging.Handler):
+    """Notes how far a build says that it is; ends it by a Ctrl-C where it says `stop_at`."""
 
-    steps_made: list[int] = []
-    decay, save_whole, texts = build.decay, build._save_whole, build._tokenizer_texts
+    def __init__(self, stop_at: int | None = None) -> None:
+        super().__init__()
+        self.told: list[tuple[int, int]] = []
+        self._stop_at = stop_at
 
-    def counted(step: int) -> float:
-        steps_made.append(step)
-        return decay(step)
+    def emit(self, record: logging.LogRecord) -> None:
+        self.told.append(record.progress)
+        if record.progress[0] == self._stop_at:
+            raise KeyboardInterrupt
 
-    def stopped(*arguments) -> None:
-        save_whole(*arguments)
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(build, "SAVE_EVERY", 1)
-    monkeypatch.setattr(build, "TRAIN_PROBLEMS", 8)
-    monkeypatch.setattr(build, "HELD_OUT_PROBLEMS", 8)
-    monkeypatch.setattr(build, "decay", counted)
+@contextmanager
+def progress(stop_at: int | None = None) -> Iterator[list[tuple[int, int]]]:
+    logger, handler = logging.getLogger("cat_grpo.lab.build"), Progress(stop_at)
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        yield handler.told
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+
+
+def test_a_build_that_was_stopped_is_resumed_to_the_same_bytes(tmp_path, monkeypatch):
+    """A Ctrl-C amid the second step, which is the first one of all jobs: the first stays done."""
+    monkeypatch.setattr(build, "SAVE_EVERY", 1)  # and not after two minutes
     monkeypatch.setattr(build, "FIRST_STEPS", 1)
-    monkeypatch.setattr(build, "_tokenizer_texts", lambda seed: islice(texts(seed), 300))
-    monkeypatch.setattr(corpus, "FIRST_JOBS", dict.fromkeys(corpus.FIRST_JOBS, 2))
-    monkeypatch.setattr(corpus, "JOBS", dict.fromkeys(corpus.JOBS, 2))
-    build.build_lab(tmp_path / "whole", steps=2)
-    assert steps_made == [0, 1]
+    with progress() as told:
+        build.build_lab(tmp_path / "whole", steps=2)
+    assert told == [(1, 2), (2, 2)]
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(build, "_save_whole", stopped)
+    with progress(stop_at=2) as told, pytest.raises(KeyboardInterrupt):
         build.build_lab(tmp_path / "stopped", steps=2)
-    assert steps_made[2:] == [0]
-    build.build_lab(tmp_path / "stopped", steps=2)
-    assert steps_made[3:] == [1]
+    assert told == [(1, 2), (2, 2)]
+    assert not (tmp_path / "stopped" / "model").exists()
+    with progress() as told:
+        build.build_lab(tmp_path / "stopped", steps=2)
+    assert told == [(2, 2)]
 
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
     assert "model/model.safetensors" in files(tmp_path / "whole")
@@ -450,11 +469,6 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_trial_shorter_than_a_save_is_whole_too(tmp_path, monkeypatch):
-    from cat_grpo.lab import build
-
-    texts = build._tokenizer_texts
-    monkeypatch.setattr(build, "_tokenizer_texts", lambda seed: islice(texts(seed), 300))
-    monkeypatch.setattr(corpus, "FIRST_JOBS", dict.fromkeys(corpus.FIRST_JOBS, 1))
+def test_a_trial_shorter_than_a_save_is_whole_too(tmp_path):
     assert build.build_lab(tmp_path, steps=1) == tmp_path / "model"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "open", "verifiable"]
