@@ -115,7 +115,9 @@ class Served:
 
     def suspend(self, flow_run: str) -> None:
         """As *Pause* in the dashboard does."""
-        self.post(f"flow_runs/{flow_run}/set_state", state={"type": "PAUSED", "name": "Suspended"})
+        later = {"pause_reschedule": True}  # a new process resumes it
+        state = {"type": "PAUSED", "name": "Suspended", "state_details": later}
+        self.post(f"flow_runs/{flow_run}/set_state", state=state)
 
     def log(self, name: str) -> str:
         return (self.folder / "prefect" / "cat-grpo" / f"{name}.log").read_text()[-5000:]

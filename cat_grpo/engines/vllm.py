@@ -70,9 +70,7 @@ class VLLMEngine:
         """Starts the engine in a child process, which takes about twenty seconds. With `lora_rank` it takes
         adapters up to that rank. BadInput for a model or arguments that vLLM refuses."""
         if (Path(model_folder(config.path)) / ADAPTER_WEIGHTS).exists():
-            raise BadInput(
-                f"model {config.path!r}: has only adapters: cat-grpo export merges them"
-            )
+            raise BadInput(f"model {config.path!r}: has only adapters: cat-grpo export merges them")
         tokens = ChatTokens.of_model(config)
         arguments: dict[str, Any] = {
             "model": model_folder(config.path),

@@ -94,9 +94,7 @@ def _policy(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     lora_rank = config.learner.lora_rank
     model, tokenizer = load_model_and_tokenizer(config.model, None if lora_rank else torch.float32)
     if has_adapters(model):
-        raise BadInput(
-            f"model {config.model.path!r}: has only adapters: cat-grpo export merges them"
-        )
+        raise BadInput(f"model {config.model.path!r}: has only adapters: cat-grpo export merges them")
     if lora_rank:
         add_adapters(model, lora_rank, config.learner.lora_alpha, config.train.seed)
     return model, tokenizer
