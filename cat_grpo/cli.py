@@ -143,8 +143,9 @@ def export(
 ) -> None:
     """Write a run's checkpoint as a plain model folder, without the optimizer."""
     from cat_grpo.run.checkpoints import export_model
+    from cat_grpo.run.rundir import RunDir
 
-    typer.echo(f"Wrote {export_model(run / 'checkpoints' / checkpoint, out, dtype)}")
+    typer.echo(f"Wrote {export_model(RunDir(run).checkpoints / checkpoint, out, dtype)}")
 
 
 @app.command()

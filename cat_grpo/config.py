@@ -113,7 +113,7 @@ class DataConfig(Section):
     """The column of the ids. A row without one gets a hash of its prompt."""
     kind_column: str = "kind"
     """The column that says `verifiable` or `open`."""
-    kind: Literal["verifiable", "open"] | None = None
+    kind: Kind | None = None
     """The kind of every row. It overrides the column."""
     reviews: Annotated[str | None, MayChange] = None
     """A reviews.jsonl of the inspector, or `own` for the run's own. From its next start on, the run leaves
@@ -139,8 +139,8 @@ class ReferenceConfig(Section):
     """How a group becomes one reference."""
 
     estimator: str = "synthesis"
-    """`synthesis`: the anchor reads all rollouts and writes the reference (CaT eq. 1). `majority`: the most
-    frequent final answer; verifiable problems only. `module:function`: a function of your own."""
+    """`synthesis`, the paper's, in which the anchor reads all rollouts and writes the reference; another of
+    `cat_grpo.method.references`, such as `majority`; or `module:function`, a function of your own."""
     include_question: bool = False
     """Shows the question to the anchor. The paper leaves it out, so that the anchor reconciles the rollouts
     and does not simply answer again."""
@@ -154,11 +154,11 @@ class RewardConfig(Section):
     """How a rollout and a reference become a reward."""
 
     verifiable: dict[str, Weight] = Field(default={"agreement": 1.0}, min_length=1)
-    """The parts of a verifiable problem's reward, each with its weight. `agreement`: 1 when the final answers
-    are equal (CaT eq. 2). `module:function`: a function of your own."""
+    """The parts of a verifiable problem's reward, each with its weight: of `cat_grpo.method.rewards`, such as
+    `agreement` (1 when the final answers are equal), or `module:function`, a function of your own."""
     open: dict[str, Weight] = Field(default={"self_rubric": 1.0}, min_length=1)
-    """The parts of an open problem's reward, each with its weight. `self_rubric`: the share of the criteria,
-    proposed from the reference, that the judge finds met (CaT eq. 3-4)."""
+    """The same for open problems. `self_rubric` is the share of the criteria, proposed from the reference,
+    that the judge finds met (CaT eq. 3-4)."""
     equivalence: Equivalence = "math"
     """When two final answers are equal: `math` by math-verify, `string` as text up to white space."""
     min_criteria: int = Field(default=5, ge=1)

@@ -87,7 +87,7 @@ def to_problem(location: str, row: Row, config: DataConfig) -> Problem:
     messages = _messages(row.get(config.prompt_column), f"{location}: {config.prompt_column}")
     kind: Any = config.kind or row.get(config.kind_column)
     if kind not in get_args(Kind):
-        wanted = "expected verifiable or open, here or for all rows in data.kind"
+        wanted = f"expected {' or '.join(get_args(Kind))}, here or for all rows in data.kind"
         raise BadInput(f"{location}: {config.kind_column}: {wanted}, {_got(kind)}")
     problem_id = row.get(config.id_column)
     if problem_id is None or problem_id == "":

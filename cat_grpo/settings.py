@@ -51,8 +51,12 @@ def load_config(
 
 def read_config(path: Path) -> Config:
     """Reads a config that was saved as JSON. A missing key has its default. BadInput names file and key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}") from error
     with _named(str(path)):
-        return Config.model_validate_json(path.read_text(encoding="utf-8"))
+        return Config.model_validate_json(text)
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -53,7 +53,7 @@ class Dashboard:
     async def show_step(self, history: Sequence[Metrics], reason: str | None) -> None:
         """Starts to show the last step's figures and references, and the curves if it has a checkpoint."""
         await self.shown()
-        self._showing = asyncio.create_task(self._show_step(history, reason))
+        self._showing = asyncio.create_task(self._show_step(list(history), reason))  # it grows
 
     async def shown(self) -> None:
         """Waits for the pages of the last step."""

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import Pause
 
 from cat_grpo.errors import Stopped
 from cat_grpo.metrics import Metrics
@@ -32,6 +33,8 @@ class TaskRuns(Observer):
     def __init__(self) -> None:
         self._ends: dict[tuple[str, int], asyncio.Future[BaseException | None]] = {}
         self._shown: set[asyncio.Task[None]] = set()
+        self._pause: Pause | None = None
+        """Prefect raises it where a task run begins after somebody has paused the flow run."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -40,19 +43,25 @@ class TaskRuns(Observer):
         await asyncio.gather(*self._shown, return_exceptions=True)
 
     def started(self, stage: str, step: int) -> None:
+        if self._pause:
+            raise self._pause
         self._ends[stage, step] = end = asyncio.get_running_loop().create_future()
         shown = asyncio.create_task(_task(stage)(end, step))
         self._shown.add(shown)
         shown.add_done_callback(self._ended)
 
     def finished(self, stage: str, step: int, error: BaseException | None) -> None:
-        self._ends.pop((stage, step)).set_result(error)
+        end = self._ends.pop((stage, step))
+        if not end.done():  # a flow run that is cancelled has cancelled it
+            end.set_result(error)
 
     def _ended(self, shown: asyncio.Task[None]) -> None:
-        """A task run that Prefect loses costs what the dashboard shows, and not the training."""
+        """Keeps a pause for the next stage. Losing a task run only costs what the dashboard shows."""
         self._shown.discard(shown)
         error = None if shown.cancelled() else shown.exception()
-        if error is not None and not isinstance(error, StageEnded):
+        if isinstance(error, Pause):
+            self._pause = error
+        elif error is not None and not isinstance(error, StageEnded):
             log.warning("a task run could not be shown: %s: %s", type(error).__name__, error)
 
 

@@ -112,6 +112,7 @@ def a_run_to_inspect(folder: Path) -> tuple[Arguments, str]:
 
 def an_export_over(folder: Path) -> tuple[Arguments, str]:
     (folder / "run" / "checkpoints" / "best").mkdir(parents=True)
+    (folder / "run" / "config.json").write_text("{}")
     (folder / "out").mkdir()
     return ["export", "--run", str(folder / "run"), "--out", str(folder / "out")], "out: is there already"
 
@@ -213,9 +214,9 @@ KINDS: dict[str, Kind] = {
         ["evaluate", "--model", "lab", "--problems", "none.jsonl"],
         "none.jsonl: no such file",
     ),
-    "no such checkpoint": lambda folder: (
+    "no such run": lambda folder: (
         ["export", "--run", str(folder / "none"), "--out", str(folder / "out")],
-        "best: no such checkpoint",
+        "none/config.json: No such file or directory",
     ),
     "an export over something": an_export_over,
     "no folder to inspect": lambda folder: (

@@ -333,6 +333,7 @@ def run_with_checkpoint(tmp_path, lab_model) -> Path:
     """A run directory whose best checkpoint is the lab's base model, with an optimizer beside it."""
     run = tmp_path / "run"
     shutil.copytree(lab_model, run / "checkpoints" / "000010")
+    (run / "config.json").write_text(Config().model_dump_json())
     (run / "checkpoints" / "000010" / "optimizer.pt").write_bytes(b"large")
     (run / "checkpoints" / "best").symlink_to("000010")
     return run
@@ -359,8 +360,12 @@ def test_an_export_is_a_plain_model_folder(cat_grpo, tmp_path, run_with_checkpoi
 
 def test_an_export_of_nothing_is_one_line(cat_grpo, tmp_path):
     said = cat_grpo("export", "--run", tmp_path / "run", "--out", tmp_path / "exported")
-    refused(said, tmp_path / "run" / "checkpoints" / "best", "no such checkpoint")
+    refused(said, tmp_path / "run" / "config.json", "No such file")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(Config().model_dump_json())
+    said = cat_grpo("export", "--run", tmp_path / "run", "--out", tmp_path / "exported")
+    refused(said, tmp_path / "run" / "checkpoints" / "best", "no such checkpoint")
 
 
 def test_an_export_overwrites_nothing(cat_grpo, tmp_path, run_with_checkpoint):

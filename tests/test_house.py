@@ -274,8 +274,7 @@ def test_what_is_not_built_is_not_there(path: Path):
     assert "NotImplementedError" not in path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("prompt_set", ["default", "lab"])
-def test_a_shipped_prompt_set_has_what_every_estimator_and_reward_reads(prompt_set: str):
+def test_the_shipped_prompts_have_what_every_estimator_and_reward_reads():
     wanted = {
         name
         for kind in get_args(Kind)
@@ -283,7 +282,7 @@ def test_a_shipped_prompt_set_has_what_every_estimator_and_reward_reads(prompt_s
         for verdict in ("label", "xml")
         for name in templates_of(function, load_config(overrides=[f"reward.verdict={verdict}"]), kind)
     }
-    refuse_missing(prompt_set, {*wanted, *map(solve_template, get_args(Kind))})
+    refuse_missing("default", {*wanted, *map(solve_template, get_args(Kind))})
 
 
 def test_every_kind_of_problem_has_its_reward():

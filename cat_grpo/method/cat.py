@@ -95,6 +95,11 @@ def refuse_unusable(config: Config, kinds: Sequence[Kind], with_rewards: bool = 
     refuse_missing(config.prompts, templates(config, kinds, with_rewards))
 
 
+def asks_anchor(config: Config) -> bool:
+    """Returns whether the estimator asks the anchor: whether it fills in a template."""
+    return bool(getattr(_estimator(config), "templates", ()))
+
+
 async def refuse_unfit(engines: Engines, config: Config, kinds: Iterable[Kind]) -> None:
     """BadInput for engines that cannot do what the rewards ask of them."""
     if "judge_label" in templates(config, kinds):

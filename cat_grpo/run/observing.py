@@ -35,15 +35,19 @@ class Telling:
     def of_shard(self) -> Iterator[None]:
         """Wraps one shard's part of the stage."""
         if not self._has_begun:
-            self._has_begun = True
             self._observer.started(*self._about)
+            self._has_begun = True
         try:
             yield
         except BaseException as error:
-            if self._num_left > 0:  # the first fault ends the stage
-                self._num_left = 0
-                self._observer.finished(*self._about, error)
+            self.end(error)
             raise
         self._num_left -= 1
         if self._num_left == 0:
             self._observer.finished(*self._about, None)
+
+    def end(self, error: BaseException) -> None:
+        """Ends the stage by a fault, also one of another stage: shards that are still to come never will."""
+        if self._has_begun and self._num_left > 0:
+            self._num_left = 0
+            self._observer.finished(*self._about, error)

@@ -1,10 +1,10 @@
 """The plan of a run, for `--dry-run`: how much its config will ask of its models."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cat_grpo.config import Config
+from cat_grpo.method.cat import asks_anchor
 from cat_grpo.method.rewards.judge import VERDICT_MAX_TOKENS
 from cat_grpo.records import Problem
 
@@ -21,10 +21,10 @@ class StagePlan:
 def plan(config: Config, problems: Sequence[Problem]) -> list[StagePlan]:
     """Returns upper bounds for one step, stage by stage, with the data's share of open problems."""
     num_problems, group_size = config.train.problems_per_step, config.rollout.group_size
-    num_open = round(num_problems * Counter(problem.kind for problem in problems)["open"] / len(problems))
-    num_rubrics = num_open if "self_rubric" in config.reward.open else 0
+    with_rubric = ["self_rubric" in config.reward.parts(problem.kind) for problem in problems]
+    num_rubrics = round(num_problems * sum(with_rubric) / len(problems))
     num_verdicts = num_rubrics * group_size * config.reward.max_criteria
-    synthesised = num_problems if config.reference.estimator == "synthesis" else 0
+    synthesised = num_problems if asks_anchor(config) else 0
     stages = [
         ("rollouts", num_problems * group_size, config.rollout.max_tokens),
         ("references", synthesised, config.reference.max_tokens),

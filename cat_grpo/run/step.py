@@ -230,8 +230,12 @@ async def run_step(loop: Loop, step: int, observer: Observer) -> Metrics:
             with telling.of_shard():
                 await stage(step, shard)
 
-    # Where one shard fails, the others stop before the engines are closed under them.
-    await together(walk(shard) for shard in range(loop.num_shards))
+    try:  # where one shard fails, the others stop before the engines are closed under them
+        await together(walk(shard) for shard in range(loop.num_shards))
+    except BaseException as error:
+        for _, telling in stages:
+            telling.end(error)
+        raise
     if await observer.accepts(loop.run, step):
         with Telling(observer, "update", step).of_shard():
             return await loop.update(step)
