@@ -51,7 +51,7 @@ def verifiable(name: str, prompt: str, answers: Sequence[str], reference: str | 
     estimated = Reference(
         text,
         answer=reference,
-        written=text or "",
+        written=text or "I <think> so & so.",
         refused=None if text else "it has no final answer",
         prompt="What the anchor read",
         num_tokens=5,

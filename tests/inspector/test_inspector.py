@@ -312,6 +312,13 @@ async def test_a_group_page_has_it_all(client: httpx.AsyncClient):
         assert words in page
 
 
+async def test_a_refused_reference_says_why_and_shows_what_the_anchor_wrote(client: httpx.AsyncClient):
+    refused, usable = [(await client.get(f"/run/plain/step/0/group/{group}")).text for group in (3, 0)]
+    assert "none: it has no final answer" in refused
+    assert "What the anchor wrote" in refused and "I &lt;think&gt; so &amp; so." in refused
+    assert "What the anchor wrote" not in usable
+
+
 async def test_the_same_problem_across_steps(client: httpx.AsyncClient):
     page = (await client.get("/run/plain/problem", params={"id": "differs from all"})).text
     assert re.findall(r"/step/(\d)/group/(\d)", page) == [("1", "2"), ("0", "2")]

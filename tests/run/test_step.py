@@ -1,5 +1,6 @@
 """What a step leaves out, and says so; and what an observer is told of it."""
 
+import asyncio
 import logging
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
@@ -145,3 +146,28 @@ async def test_an_observer_hears_of_a_fault_once_and_the_run_has_it_in_full(tmp_
     assert ("finished", "references", 0) in ends and len(ends) == len(set(ends))
     assert "ours" in map(str, heard.errors)
     assert not any(stage == "update" for _, stage, _ in heard.heard)
+
+
+async def test_a_fault_ends_a_stage_that_another_shard_was_ahead_in(tmp_path, monkeypatch):
+    """Else whoever shows the stage would wait for it for ever."""
+    ahead = asyncio.Event()
+
+    async def references(loop: Loop, step: int, shard: int) -> None:
+        if shard == 1:
+            await ahead.wait()
+            raise ZeroDivisionError("ours")
+
+    async def rewards(loop: Loop, step: int, shard: int) -> None:
+        ahead.set()
+        await asyncio.Event().wait()
+
+    heard = Listening()
+    monkeypatch.setattr(Loop, "references", references)
+    monkeypatch.setattr(Loop, "rewards", rewards)
+    config = load_config("lab-verifiable", None, [*SMALL, "train.shard_size=1"])
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        await train(config, tmp_path / "run", heard)
+    begun = [about for told, *about in heard.heard if told == "started"]
+    ended = [about for told, *about in heard.heard if told == "finished"]
+    assert ["rewards", 0] in begun
+    assert sorted(ended) == sorted(begun)
