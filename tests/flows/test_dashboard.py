@@ -98,6 +98,7 @@ def test_a_run_from_the_form_to_a_reviewed_reference(served: Served, page: Any):
     page.get_by_role("link", name="Every group of this step in the inspector").click()
 
     page.get_by_role("link", name="differs from every rollout").click()
+    page.wait_for_load_state()  # the keys are the page's script's
     found = [
         (step, i)
         for step in (0, 1)
