@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cat_grpo import evaluation
 from cat_grpo.config import Config
+from cat_grpo.evaluation import evaluate as evaluate_file
 
 if TYPE_CHECKING:
     from cat_grpo.run.observing import Observer
@@ -46,7 +46,7 @@ def evaluate(
     `model` is a checkpoint, a hub id or `lab`, by default the config's; the anchor is by default what a
     checkpoint of ours was trained with.
     """
-    return _finished(evaluation.evaluate(config, Path(problems), model, anchor, limit, seed))
+    return _finished(evaluate_file(config, Path(problems), model, anchor, limit, seed))
 
 
 def _finished(work: Coroutine[Any, Any, T]) -> T:
